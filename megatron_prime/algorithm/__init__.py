@@ -1,0 +1,1 @@
+"""PRIME's mathematics: torch in, torch out; no process groups, no Megatron."""

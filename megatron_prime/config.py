@@ -1,0 +1,331 @@
+"""Every knob of a run, typed, each with a sentence; read from TOML and `--section.key=value` overrides.
+
+One knob has one owner: it is declared here and nowhere else. Unknown keys and wrong types are errors, all reported
+at once. The module imports neither torch nor Megatron, so that a config can be checked on a login node in a moment;
+`validate.py` adds the checks that need two knobs or the model's own config.json.
+
+Upstream options are not mirrored: what stands in `[megatron]` goes untouched to Megatron's `TransformerConfig`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[Path, Field(strict=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that can't run; the message lists every problem with the knob that mends it."""
+
+
+class Section(BaseModel):
+    """Base of all tables: frozen, no unknown keys, no silent conversions, attribute docstrings become help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class AdvantageOptions(Section):
+    """How token advantages are made from process and outcome rewards (`algorithm/advantage.py` has the formulae)."""
+
+    estimator: Literal["rloo"] = "rloo"
+    """Baseline of the advantage: `rloo`, leave-one-out within the group."""
+    process_baseline: Literal["released", "paper"] = "released"
+    """Leave-one-out of process rewards: `released` (as in the authors' code, K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean rewards)."""
+    process_norm: Literal["batch_norm", "none"] = "batch_norm"
+    """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch; `none` leaves them."""
+    whiten: bool = True
+    """Subtract the mean and divide by the standard deviation of all response tokens of the batch."""
+    gamma: Fraction = 1.0
+    """Discount of future process rewards; the outcome reward is never discounted."""
+    process_weight: NonNegativeFloat = 1.0
+    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is loaded."""
+    outcome_weight: NonNegativeFloat = 1.0
+    """Weight of the outcome advantage."""
+
+    @classmethod
+    def preset(cls, name: Literal["released", "paper"]) -> Self:
+        """The options of the authors' code (`released`) or of the paper's printed formulae (`paper`)."""
+        return cls(**ADVANTAGE_PRESETS[name])
+
+
+ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "released": {"process_baseline": "released", "process_norm": "batch_norm", "whiten": True},
+    "paper": {"process_baseline": "paper", "process_norm": "none", "whiten": False},
+}
+
+
+class PolicyLossOptions(Section):
+    """The clipped surrogate of `algorithm/policy_loss.py`."""
+
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further out."""
+    aggregation: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
+    """Mean over responses of each response's token mean (the released run), or one mean over all tokens."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus (released run: 0)."""
+
+
+class RunSection(Section):
+    """What the run is called and how long it lasts."""
+
+    folder: FilePath
+    """Everything the run writes: checkpoints, metrics, TensorBoard logs, curves, resolved config."""
+    seed: NonNegative = 0
+    """Seeds data order, sampling and initialisation."""
+    steps: Positive = 100
+    """Policy updates; each is one filtered batch of prompts."""
+
+
+class ModelSection(Section):
+    """The model that policy, PRM and reference start from."""
+
+    hf: FilePath
+    """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of the model's weights and activations; the optimizer's master weights are fp32 in any case."""
+
+
+class DataSection(Section):
+    """Prompts, in jsonl or parquet with the fields of Eurus-2-RL-Data."""
+
+    train: FilePath
+    """Training prompts (.jsonl or .parquet)."""
+    eval: FilePath | None = None
+    """Held-out prompts for `evaluate` and for evaluation during training; none skips it."""
+    template: Literal["plain", "prime"] = "prime"
+    """`prime`: the paper's action-centric system prompt and the suffix of the ability; `plain`: the messages as they are."""
+    max_prompt_length: Positive = 1024
+    """Prompts of more tokens are counted and dropped."""
+
+
+class RolloutSection(Section):
+    """Sampling of responses."""
+
+    engine: Literal["local"] = "local"
+    """`local`: an embedded `transformers` model in each rank's process."""
+    group_size: Positive = 4
+    """Responses per prompt (the paper's K)."""
+    prompts_per_step: Positive = 256
+    """Prompts that must pass the filter before a step trains."""
+    prompts_per_round: NonNegative = 0
+    """Prompts drawn in each generation round; 0 takes `prompts_per_step`."""
+    max_rounds: Positive = 8
+    """Generation rounds before a step that can't fill its batch stops the run with the counts."""
+    max_response_length: Positive = 3072
+    """Longer responses are cut and count as truncated."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the policy's log-probs are taken at the same temperature."""
+    batch_size: Positive = 128
+    """Sequences that one rank of the local engine decodes at once."""
+
+
+class FilterSection(Section):
+    """Which prompts train, by the accuracy of their group."""
+
+    min_accuracy: Fraction = 0.2
+    """Drop prompts the policy solves less often than this; inclusive."""
+    max_accuracy: Fraction = 0.8
+    """Drop prompts the policy solves more often than this; inclusive."""
+
+
+class VerifySection(Section):
+    """The outcome verifier's worker processes."""
+
+    workers: Positive = 1
+    """Checker processes per rank."""
+    timeout_s: PositiveFloat = 5.0
+    """A check that takes longer is killed, scores 0 and is counted."""
+
+
+class OptimizerSection(Section):
+    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up; `cosine` ends at 0 with the last step."""
+
+
+class BatchSection(OptimizerSection):
+    """How one step's rollouts are cut up for an update."""
+
+    mini_batch_size: Positive = 256
+    """Rollouts per optimizer step."""
+    micro_batch_tokens: Positive = 8192
+    """Tokens (padding included) that one rank puts through the model at once."""
+
+
+class PolicySection(BatchSection):
+    """Update of the policy."""
+
+    lr: PositiveFloat = 5e-7
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay; norms and biases are exempt."""
+    loss: PolicyLossOptions = PolicyLossOptions()
+    """Options of the clipped policy loss."""
+
+
+class PrmSection(BatchSection):
+    """The implicit process reward model and its update."""
+
+    hf: FilePath | None = None
+    """Start the PRM from this checkpoint; none takes `model.hf`."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    clip_grad: PositiveFloat = 10.0
+    """Largest global gradient norm."""
+    beta: PositiveFloat = 0.05
+    """Scale of the implicit reward beta * log(prm / ref)."""
+    forward: Literal["single", "single_strict", "double"] = "single"
+    """Where rewards come from: `single`, the training forwards (released run); `single_strict`, one pass before the update; `double`, one pass after it."""
+    measure_after: bool = True
+    """Log the pair accuracy after the update too; costs one more forward pass unless `forward = "double"`."""
+
+
+class SftSection(BatchSection):
+    """Supervised fine-tuning (`python -m megatron_prime sft`)."""
+
+    data: FilePath | None = None
+    """Chat jsonl ({"messages": [...]}); the loss is on assistant tokens only."""
+    output: FilePath | None = None
+    """Hugging Face checkpoint directory to write; none writes `hf` in the run folder."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the weights of `model.hf`, or from random ones of its shape."""
+    steps: Positive = 1000
+    """Optimizer steps."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """What follows the warm-up; `cosine` ends at 0 with the last step."""
+    mini_batch_size: Positive = 96
+    """Conversations per optimizer step."""
+    max_length: Positive = 4096
+    """Longer conversations are counted and dropped."""
+
+
+class EvaluateSection(Section):
+    """Greedy accuracy on `data.eval`."""
+
+    every: NonNegative = 16
+    """Steps between evaluations during training; 0 evaluates only before the first and after the last step."""
+    max_prompts: NonNegative = 0
+    """Evaluate on the first this many prompts; 0 takes all."""
+
+
+class CheckpointSection(Section):
+    """Saving and resuming."""
+
+    every: NonNegative = 16
+    """Steps between checkpoints; 0 saves only after the last step."""
+    keep: NonNegative = 2
+    """Newest checkpoints that stay on disk; 0 keeps all."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    preset: Literal["released", "paper"] = "released"
+    """Defaults of `[advantage]`: the authors' code or the paper's formulae."""
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    filter: FilterSection = FilterSection()
+    verify: VerifySection = VerifySection()
+    policy: PolicySection = PolicySection()
+    prm: PrmSection = PrmSection()
+    advantage: AdvantageOptions = AdvantageOptions()
+    sft: SftSection = SftSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    megatron: dict[str, Any] = {}
+    """Options of Megatron's TransformerConfig, passed through untouched (tensor_model_parallel_size, recompute_granularity …)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Let `preset` fill what `[advantage]` leaves open."""
+        preset = ADVANTAGE_PRESETS.get(str(data.get("preset", "released")), {})
+        given = data.get("advantage", {})
+        return {**data, "advantage": {**preset, **given}} if isinstance(given, dict) else data
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+        return int(self.megatron.get("tensor_model_parallel_size", 1))
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel size."""
+        return int(self.megatron.get("pipeline_model_parallel_size", 1))
+
+    @property
+    def uses_prm(self) -> bool:
+        """Whether a PRM and a reference take part."""
+        return self.advantage.process_weight > 0
+
+
+def load(path: Path, overrides: list[str]) -> RunConfig:
+    """Read `path`, apply `--section.key=value` overrides and check every key and type.
+
+    Relative paths stay relative to the working directory. Values of overrides are TOML values; a bare word is a string.
+    Raises ConfigError with all problems at once.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file {path}; give the path of a run's TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals or not key:
+        raise ConfigError(f"found {override!r}, wanted --section.key=value")
+    *tables, leaf = key.split(".")
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"{override}: {table} is a value, not a table")
+    try:
+        data[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[leaf] = text
+
+
+def _explain(problem: Any) -> str:
+    knob = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{knob}: no such knob; `python -m megatron_prime config RUN.toml` lists all"
+    if problem["type"] == "missing":
+        return f"{knob}: missing; set it in the TOML file or with --{knob}=…"
+    return f"{knob}: found {problem['input']!r}, wanted: {problem['msg']}"

@@ -1,0 +1,113 @@
+"""The roles the loop talks to. `models/ rollout/ verify/ data/ runtime/` implement them; tests fake them.
+
+Every rank runs the same loop. What a role returns to it is the same on every rank, except where a comment says
+"this rank's": those values go through `Ranks.gather` before anything is decided from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_prime.types import (
+    Group,
+    LoopState,
+    Metrics,
+    PrmUpdate,
+    Prompt,
+    RolloutBatch,
+    Sampling,
+    ScoredBatch,
+    TrainBatch,
+    VerifiedGroup,
+)
+
+
+class Phase(Enum):
+    """What the devices are used for; the scheduler knows which buffers each phase needs."""
+
+    GENERATE = "generate"
+    SCORE = "score"
+    UPDATE_PRM = "update_prm"
+    UPDATE_POLICY = "update_policy"
+    SYNC_WEIGHTS = "sync_weights"
+    EVALUATE = "evaluate"
+    CHECKPOINT = "checkpoint"
+
+
+class PromptStream(Protocol):
+    """An endless, shuffled, resumable stream of training prompts."""
+
+    def take(self, count: int) -> list[Prompt]: ...
+    def put_back(self, prompts: Sequence[Prompt]) -> None: ...  # they come first in the next take
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with the policy's weights of `version`."""
+
+    version: int  # -1 before the first load_weights
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[Group]: ...  # this rank's share, as they finish
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None: ...
+
+
+class Verifier(Protocol):
+    """Scores rollouts while the iterable still produces them."""
+
+    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]: ...  # this rank's
+
+
+class Ranks(Protocol):
+    """The one collective the loop needs."""
+
+    def gather(
+        self, groups: Sequence[VerifiedGroup]
+    ) -> list[VerifiedGroup]: ...  # all ranks' groups, in order of prompt_id
+
+
+class ScoringModel(Protocol):
+    """A model that gives log-probs, without gradients."""
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor: ...  # float32 [N, T], 0 on padding
+
+
+class ProcessRewardModel(ScoringModel, Protocol):
+    """The implicit PRM."""
+
+    def update(self, batch: ScoredBatch) -> PrmUpdate: ...
+
+
+class Policy(ScoringModel, Protocol):
+    """The model that is trained by reinforcement."""
+
+    version: int  # successful updates since the start of the run
+
+    def update(self, batch: TrainBatch) -> Metrics: ...
+    def export_weights(
+        self,
+    ) -> Iterator[tuple[str, Tensor]]: ...  # collective: Hugging Face names, whole tensors
+
+
+class Scheduler(Protocol):
+    """Owns the devices; a phase's buffers are in place inside the `with`."""
+
+    def phase(self, phase: Phase) -> AbstractContextManager[None]: ...
+
+
+class Recorder(Protocol):
+    """Shows and keeps figures."""
+
+    def progress(self, note: str, done: int, total: int) -> None: ...  # live, never stored
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+
+class Checkpoints(Protocol):
+    """Saves everything that a run is, complete or not at all."""
+
+    def save(self, state: LoopState) -> None: ...

@@ -1,0 +1,1 @@
+"""Processes, phases, figures, and every patch of a dependency."""

@@ -1,0 +1,165 @@
+"""What flows through one PRIME step; each stage returns a new frozen type, so mypy checks their order.
+
+Shapes: N rollouts of the step (rows of one group are contiguous, N = prompts * group_size), T the longest response.
+Column t of row i is the t-th response token of rollout i, its end-of-sequence token included; what lies beyond
+`response_mask` means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem, ready to be continued by the policy."""
+
+    prompt_id: int  # row in the training data
+    token_ids: tuple[int, ...]
+    ground_truth: str
+    ability: str  # "math" or "code": chooses the checker
+    data_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a batch of prompts is continued."""
+
+    samples: int  # responses per prompt
+    temperature: float  # 0 is greedy
+    max_tokens: int
+    seed: int  # with prompt_id and the sample's number it fixes the random stream of a response
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response; `response_ids` ends with the end-of-sequence token unless it was cut."""
+
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[
+        float, ...
+    ]  # the engine's, one per response token, at the sampling temperature
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+    text: str  # the decoded response, without special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedGroup:
+    """A group with the outcome reward of each rollout, in [0, 1]."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    outcome_rewards: tuple[float, ...]
+    checker_failures: int  # checks that crashed or ran out of time; they scored 0
+
+    @property
+    def accuracy(self) -> float:
+        """Mean outcome reward."""
+        return sum(self.outcome_rewards) / len(self.outcome_rewards)
+
+    @property
+    def policy_version(self) -> int:
+        """The version all rollouts were sampled with; ValueError if they differ, for leave-one-out needs one policy."""
+        versions = {rollout.policy_version for rollout in self.rollouts}
+        if len(versions) != 1:
+            raise ValueError(
+                f"prompt {self.prompt.prompt_id}: rollouts of policy versions {sorted(versions)} in one group"
+            )
+        return versions.pop()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt and its response as the models see them."""
+
+    token_ids: tuple[int, ...]
+    prompt_length: int  # the first response token is token_ids[prompt_length]
+
+    @property
+    def response_length(self) -> int:
+        """Number of response tokens."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """The groups of one step as padded tensors, the same on every rank."""
+
+    sequences: tuple[TokenSequence, ...]  # N
+    group_size: int
+    response_mask: Tensor  # bool [N, T]
+    outcome_rewards: Tensor  # float32 [N]
+    rollout_logprobs: Tensor  # float32 [N, T], 0 on padding
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[VerifiedGroup]) -> RolloutBatch:
+        """Flatten verified groups; every group must have the same number of rollouts."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        logprobs = torch.zeros(mask.shape, dtype=torch.float32)
+        logprobs[mask] = torch.tensor([x for rollout in rollouts for x in rollout.rollout_logprobs])
+        return cls(
+            sequences=tuple(
+                TokenSequence(
+                    group.prompt.token_ids + rollout.response_ids, len(group.prompt.token_ids)
+                )
+                for group in groups
+                for rollout in group.rollouts
+            ),
+            group_size=len(groups[0].rollouts),
+            response_mask=mask,
+            outcome_rewards=torch.tensor(
+                [reward for group in groups for reward in group.outcome_rewards]
+            ),
+            rollout_logprobs=logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """Rollouts with the log-probs that the trainer's own models give them; no gradients."""
+
+    rollouts: RolloutBatch
+    old_logprobs: Tensor  # float32 [N, T], the policy before this step's update
+    ref_logprobs: Tensor | None  # float32 [N, T], the frozen reference; None when nothing needs it
+
+
+@dataclass(frozen=True, slots=True)
+class PrmUpdate:
+    """What a PRM update leaves: the log-probs of its training forwards (each row seen once), and figures."""
+
+    forward_logprobs: Tensor  # float32 [N, T]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A scored batch with its advantages: all that the policy update needs."""
+
+    scored: ScoredBatch
+    advantages: Tensor  # float32 [N, T], 0 on padding
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """Where a run stands between two steps; what a checkpoint keeps beside the models."""
+
+    step: int = 0  # steps done
+    surplus: tuple[VerifiedGroup, ...] = ()  # groups that passed the filter and were not needed

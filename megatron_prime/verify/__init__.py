@@ -1,0 +1,1 @@
+"""Outcome verifiers: PRIME's only ground truth."""
