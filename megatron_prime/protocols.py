@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -98,6 +99,7 @@ class Scheduler(Protocol):
     """Owns the devices; a phase's buffers are in place inside the `with`."""
 
     def phase(self, phase: Phase) -> AbstractContextManager[None]: ...
+    def take_seconds(self) -> Metrics: ...  # time/<phase>_s since the last call
 
 
 class Recorder(Protocol):
@@ -111,3 +113,20 @@ class Checkpoints(Protocol):
     """Saves everything that a run is, complete or not at all."""
 
     def save(self, state: LoopState) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Everyone who takes part in a step; built once by `build.py`."""
+
+    prompts: PromptStream
+    engine: RolloutEngine
+    verifier: Verifier
+    ranks: Ranks
+    policy: Policy
+    prm: ProcessRewardModel | None  # None: outcome-only RLOO
+    reference: ScoringModel | None  # None: nobody needs reference log-probs
+    gpus: Scheduler
+    recorder: Recorder
+    checkpoints: Checkpoints
+    eval_prompts: Sequence[Prompt] = ()

@@ -84,6 +84,12 @@ class VerifiedGroup:
         return versions.pop()
 
 
+def outcome_rewards(groups: Sequence[VerifiedGroup]) -> Tensor:
+    """All outcome rewards, groups one after the other: float32 [N]."""
+    rewards = [reward for group in groups for reward in group.outcome_rewards]
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
     """A prompt and its response as the models see them."""
@@ -125,9 +131,7 @@ class RolloutBatch:
             ),
             group_size=len(groups[0].rollouts),
             response_mask=mask,
-            outcome_rewards=torch.tensor(
-                [reward for group in groups for reward in group.outcome_rewards]
-            ),
+            outcome_rewards=outcome_rewards(groups),
             rollout_logprobs=logprobs,
         )
 
@@ -154,6 +158,7 @@ class TrainBatch:
     """A scored batch with its advantages: all that the policy update needs."""
 
     scored: ScoredBatch
+    process_rewards: Tensor | None  # float32 [N, T], 0 on padding; None in outcome-only runs
     advantages: Tensor  # float32 [N, T], 0 on padding
 
 
