@@ -46,13 +46,14 @@ def run(config: RunConfig, roles: Roles, state: LoopState) -> None:
         sync_weights(roles)
         state = LoopState(step, keep_surplus(roles, surplus))
 
-        metrics |= prm_metrics | policy_metrics | figures.of_batch(batch)
+        metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config.advantage.gamma)
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
         if due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
-        roles.recorder.log(step, metrics | roles.gpus.take_seconds())
+        seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
+        roles.recorder.log(step, metrics | seconds)
 
 
 def collect(
@@ -100,7 +101,7 @@ def score(roles: Roles, rollouts: RolloutBatch) -> ScoredBatch:
 def learn_process_rewards(
     config: RunConfig, roles: Roles, scored: ScoredBatch
 ) -> tuple[Tensor | None, Metrics]:
-    """Train the PRM on outcomes; r_t = beta log(prm / ref), from the forwards `prm.forward` names."""
+    """Train the PRM on outcomes; r_t = beta log(prm / ref) by the forward `prm.forward` names."""
     if roles.prm is None or scored.ref_logprobs is None:
         return None, {}
     rollouts, forward = scored.rollouts, config.prm.forward

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -113,6 +113,26 @@ class Checkpoints(Protocol):
     """Saves everything that a run is, complete or not at all."""
 
     def save(self, state: LoopState) -> None: ...
+
+
+class Trained(Protocol):
+    """A model with its optimizer, as a checkpoint sees it."""
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Cursor(Protocol):
+    """A data stream that knows where it stands; its state is plain JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Versioned(Protocol):
+    """Whoever counts the policy's updates."""
+
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,112 @@
+"""The figures of a step, from its typed values; names are stable and documented in docs/metrics.md.
+
+Pure functions, computed alike on every rank. `loop.py` merges what they return into one record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_prime.algorithm import metrics
+from megatron_prime.algorithm.masked import masked_sum
+from megatron_prime.config import RunConfig
+from megatron_prime.types import (
+    Metrics,
+    ScoredBatch,
+    TrainBatch,
+    VerifiedGroup,
+    outcome_rewards,
+)
+
+
+def of_rollouts(
+    generated: Sequence[VerifiedGroup], batch: Sequence[VerifiedGroup], rounds: int
+) -> Metrics:
+    """All that was generated in a step (before the filter) and what the filter left."""
+    return {
+        **_responses("rollout", generated),
+        "rollout/rounds": rounds,
+        "verify/failures": sum(group.checker_failures for group in generated),
+        "filter/generated": len(generated),
+        "filter/kept": len(batch),
+        "filter/accuracy": outcome_rewards(batch).mean().item(),
+    }
+
+
+def of_prm(scored: ScoredBatch, before: Tensor, after: Tensor | None) -> Metrics:
+    """How well sequence rewards order right before wrong answers, before and after the update."""
+    rollouts = scored.rollouts
+    assert scored.ref_logprobs is not None, "the PRM's rewards need reference log-probs"
+    found = {"prm/pair_accuracy_before": before, "prm/pair_accuracy_after": after}
+    rewards = {
+        name: masked_sum(prm - scored.ref_logprobs, rollouts.response_mask, dim=1)
+        for name, prm in found.items()
+        if prm is not None
+    }
+    return {
+        name: metrics.pair_accuracy(reward, rollouts.outcome_rewards, rollouts.group_size).item()
+        for name, reward in rewards.items()
+    }
+
+
+def of_batch(batch: TrainBatch, gamma: float) -> Metrics:
+    """Returns, advantages, and how far the rollout engine is from the trainer's own policy."""
+    scored, rollouts = batch.scored, batch.scored.rollouts
+    mask = rollouts.response_mask
+    returns = metrics.return_metrics(batch.process_rewards, rollouts.outcome_rewards, mask, gamma)
+    mismatch = metrics.mismatch_kl(scored.old_logprobs, rollouts.rollout_logprobs, mask)
+    inside = batch.advantages[mask]
+    return {
+        **{f"{_owner(name)}/{name}": value for name, value in returns.items()},
+        **{f"rollout/{name}": value for name, value in mismatch.items()},
+        "policy/advantage_mean": inside.mean().item(),
+        "policy/advantage_std": inside.std().item(),
+    }
+
+
+def _owner(return_name: str) -> str:
+    return "prm" if return_name.startswith("process") else "policy"
+
+
+def of_evaluation(groups: Sequence[VerifiedGroup]) -> Metrics:
+    """Greedy answers to the held-out prompts, one each."""
+    return _responses("evaluate", groups)
+
+
+def _responses(prefix: str, groups: Sequence[VerifiedGroup]) -> Metrics:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    return {
+        f"{prefix}/accuracy": outcome_rewards(groups).mean().item(),
+        f"{prefix}/response_length_mean": sum(lengths) / len(lengths),
+        f"{prefix}/response_length_max": max(lengths),
+        f"{prefix}/tokens": sum(lengths),
+        f"{prefix}/truncation_rate": truncated / len(rollouts),
+    }
+
+
+def of_time(seconds: Metrics, tokens: float) -> Metrics:
+    """A step's seconds by phase, their sum, and how fast responses were made."""
+    generate = seconds.get("time/generate_s", 0.0)
+    rate = {"rollout/tokens_per_s": tokens / generate} if generate > 0 else {}
+    return {**seconds, "time/step_s": sum(seconds.values()), **rate}
+
+
+def explain_unfilled(
+    config: RunConfig, step: int, kept: Sequence[VerifiedGroup], seen: Sequence[VerifiedGroup]
+) -> str:
+    """What to tell someone whose prompts are all too easy or too hard."""
+    window, accuracies = config.filter, [group.accuracy for group in seen]
+    easy = sum(accuracy > window.max_accuracy for accuracy in accuracies)
+    hard = sum(accuracy < window.min_accuracy for accuracy in accuracies)
+    return (
+        f"step {step}: only {len(kept)} of {config.rollout.prompts_per_step} prompts passed the "
+        f"accuracy window [{window.min_accuracy}, {window.max_accuracy}] in "
+        f"{config.rollout.max_rounds} rounds: of {len(seen)} prompts, {hard} were too hard and "
+        f"{easy} too easy (mean accuracy {sum(accuracies) / len(accuracies):.3f}). Widen the "
+        "window (filter.min_accuracy, filter.max_accuracy), allow more rounds (rollout.max_rounds), or "
+        "bring data nearer to what the policy can do"
+    )

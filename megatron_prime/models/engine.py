@@ -1,0 +1,267 @@
+"""Forward, backward and optimizer step of one Megatron-core model; the same code on gloo and NCCL.
+
+Megatron's own parts do the work: its pipeline schedules, DDP, `finalize_model_grads`, clipping and
+optimizer. This file adds what reinforcement learning needs around them: log-probs of the response
+tokens of any rows, assembled on every rank, and losses that are sums over the whole mini-batch.
+
+Scaling. A loss function returns its micro-batch's share of the mini-batch loss, so that the shares
+of all micro-batches of all data-parallel ranks add up to it. Megatron divides each micro-batch's
+loss by their number and each gradient by the data-parallel size; `share` multiplies both back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_standard_config_overrides as exempt_norms_and_biases
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prime.config import BatchSection
+from megatron_prime.models.architecture import ModelShape
+from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
+from megatron_prime.models.micro_batch import MicroBatch, cut
+from megatron_prime.runtime.compat import megatron_calls
+from megatron_prime.types import TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a loss function sees of one micro-batch: b rows, T the longest response among them."""
+
+    rows: Tensor  # int64 [b], rows of the batch
+    logprobs: Tensor  # float32 [b, T], of the response tokens; anything beyond a row's response
+    entropy: Tensor  # float32 [b, T], of the distribution that predicted the token
+    loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
+
+
+Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mini-batch loss
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step, the same on every rank. Rows that were not in the step hold zeros."""
+
+    updated: bool  # False when the optimizer skipped the step (overflow)
+    loss: float
+    grad_norm: float
+    logprobs: Tensor  # float32 [N, T], from the training forward, before the step
+    entropy: Tensor  # float32 [N, T]
+
+
+class Engine:
+    """One model, frozen or trained: this rank's shard of it and its place in the pipeline."""
+
+    def __init__(self, model: Any, shape: ModelShape, max_tokens: int, temperature: float) -> None:
+        self.model = model
+        self.shape = shape
+        self.max_tokens = max_tokens  # of one micro-batch, padding included
+        self.temperature = temperature  # logits are divided by it
+        self.device = next(model.parameters()).device
+
+    @property
+    def module(self) -> Any:
+        """The GPTModel itself, out of any wrapper."""
+        return getattr(self.model, "module", self.model)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Log-probs of all response tokens: float32 [N, T] on every rank's host, 0 on padding."""
+        outputs = self._schedule(sequences, range(len(sequences)), loss=None)
+        return self._assemble(outputs, sequences)[0]
+
+    def _schedule(
+        self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss | None
+    ) -> list[Forward]:
+        """Run Megatron's schedule over `rows`; outputs exist on the last pipeline stage only."""
+        dp_size = parallel_state.get_data_parallel_world_size()
+        config = self.module.config
+        micro_batches = cut(
+            sequences,
+            rows,
+            parallel_state.get_data_parallel_rank(),
+            dp_size,
+            self.max_tokens,
+            config.pipeline_model_parallel_size,
+            config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            self.device,
+        )
+        share = float(len(micro_batches) * dp_size)
+
+        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            output = model(
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None
+            )
+            return output, partial(self._after_forward, batch, loss, share)
+
+        with megatron_calls():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micro_batches),
+                model=self.model,
+                num_microbatches=len(micro_batches),
+                seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+                micro_batch_size=max(batch.tokens.shape[0] for batch in micro_batches),
+                forward_only=loss is None,
+                collect_non_loss_data=loss is None,
+            )
+
+    def _after_forward(
+        self,
+        batch: MicroBatch,
+        loss: Loss | None,
+        share: float,
+        logits: Tensor,  # [b, S, V / tp]
+        non_loss_data: bool = False,
+    ) -> Any:
+        """What the last stage does with logits: log-probs, entropy and, in training, the loss."""
+        index = batch.predicts_at[..., None].expand(-1, -1, logits.shape[-1])
+        logprobs, entropy = vocab_parallel_logprobs_and_entropy(
+            logits.gather(1, index).float() / self.temperature,
+            batch.targets,
+            self.shape.vocab_size,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        forward = Forward(batch.rows, logprobs, entropy)
+        if non_loss_data or loss is None:
+            return forward
+        value = loss(forward)
+        kept = Forward(batch.rows, logprobs.detach(), entropy.detach(), value.detach())
+        return value * share, kept
+
+    def _assemble(
+        self, outputs: Sequence[Forward], sequences: Sequence[TokenSequence]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Log-probs and entropy [N, T] and the summed loss, brought together on every rank.
+
+        Each row lives on one data-parallel rank's last stage, so a sum over all ranks with zeros
+        everywhere else is exact.
+        """
+        lengths = torch.tensor([sequence.response_length for sequence in sequences])
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        both = torch.zeros(2, *inside.shape, device=self.device)
+        loss = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for output in outputs:
+                width = output.logprobs.shape[1]
+                both[0, output.rows, :width] = output.logprobs
+                both[1, output.rows, :width] = output.entropy
+                loss += output.loss
+        dist.all_reduce(both)
+        dist.all_reduce(loss)
+        both = torch.where(inside, both.cpu(), 0.0)
+        return both[0], both[1], loss.item()
+
+
+class TrainableEngine(Engine):
+    """An Engine with gradients, fp32 master weights and a learning-rate schedule."""
+
+    def __init__(
+        self,
+        model: Any,
+        shape: ModelShape,
+        knobs: BatchSection,
+        temperature: float,
+        total_steps: int,
+    ) -> None:
+        super().__init__(model, shape, knobs.micro_batch_tokens, temperature)
+        on_gpu = self.device.type == "cuda"
+        # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0001).
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=on_gpu,
+            overlap_grad_reduce=on_gpu,
+            check_for_nan_in_grad=True,
+        )
+        with megatron_calls():
+            self.model = DistributedDataParallel(model.config, ddp, model)
+            self.optimizer = make_optimizer(self.model, knobs, on_gpu)
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = self.model.no_sync
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=knobs.lr,
+            min_lr=0.0,
+            lr_warmup_steps=knobs.warmup_steps,
+            lr_decay_steps=total_steps + 1,  # so that the last step still has a rate above 0
+            lr_decay_style=knobs.schedule,
+            start_wd=knobs.weight_decay,
+            end_wd=knobs.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def next_rate(self) -> float:
+        """Move the schedule on by one step and return the learning rate from now on."""
+        self.schedule.step(increment=1)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train_step(
+        self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss
+    ) -> StepResult:
+        """One optimizer step on `rows`.
+
+        Raises FloatingPointError before any weight changes when the loss is not finite.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._schedule(sequences, rows, loss)
+        logprobs, entropy, value = self._assemble(outputs, sequences)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss of a mini-batch of {len(rows)} rollouts is {value}; wanted a finite "
+                "number. Lower the learning rate, or look at the data of this step"
+            )
+        with megatron_calls():
+            updated, grad_norm, _ = self.optimizer.step()
+        return StepResult(bool(updated), value, float(grad_norm or 0.0), logprobs, entropy)
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""
+        with megatron_calls():
+            model = self.module.sharded_state_dict()
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `sharded_state_dict` described and a checkpoint filled in."""
+        with megatron_calls():
+            self.module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def make_optimizer(model: Any, knobs: BatchSection, distributed: bool) -> Any:
+    """Megatron's AdamW; norms and biases are exempt from weight decay."""
+    dtype = next(model.parameters()).dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=knobs.lr,
+        min_lr=0.0,
+        weight_decay=knobs.weight_decay,
+        adam_beta1=knobs.betas[0],
+        adam_beta2=knobs.betas[1],
+        adam_eps=knobs.eps,
+        clip_grad=knobs.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=distributed,
+    )
+    return get_megatron_optimizer(config, [model], exempt_norms_and_biases(config))
