@@ -1,0 +1,157 @@
+"""Who is who: process groups, seeds, and the one collective of the loop.
+
+One process per device. torchrun or srun start them and say through environment variables how many
+there are; `rendezvous_from` reads those (only `__main__` touches the environment), `initialize`
+makes the groups. Ranks are numbered as Megatron does: tensor-parallel neighbours first, then
+data-parallel replicas, then pipeline stages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
+
+from megatron_prime.config import ConfigError
+from megatron_prime.runtime.compat import install_cpu_shim
+from megatron_prime.types import VerifiedGroup
+
+_LOOPBACK = "127.0.0.1"
+_PORT = 29500  # torchrun's default too
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """This process among all processes of the run, and where they meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on this node: chooses the GPU
+    master_addr: str = _LOOPBACK
+    master_port: int = _PORT
+
+
+def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
+    """Read torchrun's variables, else srun's, else a single process.
+
+    Slurm's variables count only inside an srun step (where SLURM_STEP_NUM_TASKS is set): the body
+    of an sbatch script has SLURM_NTASKS too, but is one process. The ranks meet on MASTER_ADDR,
+    else on the step's first host. Raises ConfigError when a launcher's variables are incomplete.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in names if name not in environ]:
+            raise ConfigError(
+                f"found some of torchrun's variables, but not {', '.join(missing)}; start with "
+                "torchrun or srun, or unset RANK and WORLD_SIZE for a single process"
+            )
+        return Rendezvous(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            master_addr=environ["MASTER_ADDR"],
+            master_port=int(environ["MASTER_PORT"]),
+        )
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        return Rendezvous(
+            rank=int(environ["SLURM_PROCID"]),
+            world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environ.get("SLURM_LOCALID", "0")),
+            master_addr=environ.get("MASTER_ADDR") or _first_host(environ),
+            master_port=int(environ.get("MASTER_PORT", str(_PORT))),
+        )
+    return Rendezvous()
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """First name of a Slurm host list: `gpu[03-04,7],login1` → `gpu03`."""
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not hosts:
+        raise ConfigError("srun gave no node list; set MASTER_ADDR to the host of rank 0")
+    first = re.match(r"[^,\[]+(?:\[(\d+)[^\]]*\][^,\[]*)?", hosts)
+    if first is None:
+        raise ConfigError(f"found the node list {hosts!r}; set MASTER_ADDR to the host of rank 0")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group(0))
+
+
+def initialize(rendezvous: Rendezvous, tp: int, pp: int, seed: int, timeout_s: float) -> None:
+    """Make the process group (gloo on CPU, NCCL on GPU) and Megatron's groups; seed both.
+
+    `timeout_s` is how long a collective may wait for a lost rank. Pipeline stages get different
+    seeds, replicas the same one. Raises ConfigError, before any group is made, when tp * pp does
+    not divide the number of processes.
+    """
+    world = rendezvous.world_size
+    if tp < 1 or pp < 1 or world % (tp * pp):
+        raise ConfigError(
+            f"found {world} processes, wanted a multiple of megatron.tensor_model_parallel_size "
+            f"* megatron.pipeline_model_parallel_size = {tp} * {pp}; start more processes or lower "
+            "one of them"
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(rendezvous.local_rank % torch.cuda.device_count())
+    else:
+        install_cpu_shim()
+    address = f"tcp://{rendezvous.master_addr}:{rendezvous.master_port}"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=address if world > 1 else None,
+        store=HashStore() if world == 1 else None,
+        rank=rendezvous.rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+    )
+    initialize_model_parallel(tp, pp, seed, timeout_s)
+
+
+def initialize_model_parallel(tp: int, pp: int, seed: int, timeout_s: float) -> None:
+    """Megatron's groups and seeds only, on an existing process group (see `initialize`)."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+def destroy() -> None:
+    """Give back all groups; safe to call when there are none."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class WorldRanks:
+    """The `Ranks` role: where this process stands, and gathering from all the others."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.dp_rank: int = parallel_state.get_data_parallel_rank()
+        self.dp_size: int = parallel_state.get_data_parallel_world_size()
+        self.tp_rank: int = parallel_state.get_tensor_model_parallel_rank()
+        self.tp_size: int = parallel_state.get_tensor_model_parallel_world_size()
+        self.pp_rank: int = parallel_state.get_pipeline_model_parallel_rank()
+        self.pp_size: int = parallel_state.get_pipeline_model_parallel_world_size()
+        self.is_first_stage: bool = parallel_state.is_pipeline_first_stage()
+        self.is_last_stage: bool = parallel_state.is_pipeline_last_stage()
+        self._objects = dist.new_group(backend="gloo")
+
+    def gather(self, groups: Sequence[VerifiedGroup]) -> list[VerifiedGroup]:
+        """All ranks' groups, the same list everywhere, by prompt_id (equal ones by rank)."""
+        per_rank: list[list[VerifiedGroup]] = [[]] * self.world_size
+        dist.all_gather_object(per_rank, list(groups), group=self._objects)
+        everyone = [group for groups_of_rank in per_rank for group in groups_of_rank]
+        return sorted(everyone, key=lambda group: group.prompt.prompt_id)
