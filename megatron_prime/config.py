@@ -9,6 +9,7 @@ Upstream options are not mirrored: what stands in `[megatron]` goes untouched to
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -85,6 +86,8 @@ class RunSection(Section):
     """Seeds data order, sampling and initialisation."""
     steps: Positive = 100
     """Policy updates; each is one filtered batch of prompts."""
+    timeout_s: PositiveFloat = 1800.0
+    """How long a rank waits in a collective for one that is lost or stuck."""
 
 
 class ModelSection(Section):
@@ -329,3 +332,40 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{knob}: missing; set it in the TOML file or with --{knob}=…"
     return f"{knob}: found {problem['input']!r}, wanted: {problem['msg']}"
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved configuration as TOML, each knob under its sentence."""
+    lines = [f"# {line}" for line in [RunConfig.__doc__ or ""]]
+    tables = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            tables += _describe_table(name, value)
+        elif isinstance(value, dict):
+            tables += ["", f"# {field.description}", f"[{name}]"]
+            tables += [f"{key} = {_toml(item)}" for key, item in value.items()]
+        else:
+            lines += [f"# {field.description}", f"{name} = {_toml(value)}"]
+    return "\n".join(lines + tables)
+
+
+def _describe_table(name: str, section: Section) -> list[str]:
+    lines = ["", f"# {(type(section).__doc__ or '').splitlines()[0]}", f"[{name}]"]
+    inner = []
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            inner += _describe_table(f"{name}.{key}", value)
+        else:
+            lines += [f"# {line}" for line in (field.description or "").splitlines()]
+            lines += [f"# {key} is not set" if value is None else f"{key} = {_toml(value)}"]
+    return lines + inner
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return str(value) if isinstance(value, (int, float)) else json.dumps(str(value))

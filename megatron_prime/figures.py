@@ -106,7 +106,7 @@ def explain_unfilled(
         f"step {step}: only {len(kept)} of {config.rollout.prompts_per_step} prompts passed the "
         f"accuracy window [{window.min_accuracy}, {window.max_accuracy}] in "
         f"{config.rollout.max_rounds} rounds: of {len(seen)} prompts, {hard} were too hard and "
-        f"{easy} too easy (mean accuracy {sum(accuracies) / len(accuracies):.3f}). Widen the "
-        "window (filter.min_accuracy, filter.max_accuracy), allow more rounds (rollout.max_rounds), or "
-        "bring data nearer to what the policy can do"
+        f"{easy} too easy (mean accuracy {sum(accuracies) / len(accuracies):.3f}). "
+        "Widen the window (filter.min_accuracy, filter.max_accuracy), allow more rounds "
+        "(rollout.max_rounds), or bring data nearer to what the policy can do"
     )

@@ -10,41 +10,33 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prime import figures
+from megatron_prime import types as t
 from megatron_prime.algorithm.advantage import prime_advantages
 from megatron_prime.algorithm.filtering import within_accuracy_window
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
+from megatron_prime.evaluation import evaluate
 from megatron_prime.protocols import Phase, Roles
-from megatron_prime.types import (
-    LoopState,
-    Metrics,
-    RolloutBatch,
-    Sampling,
-    ScoredBatch,
-    TrainBatch,
-    VerifiedGroup,
-    outcome_rewards,
-)
 
 
 class BatchNotFilled(RuntimeError):
     """Too few prompts passed the accuracy window within `rollout.max_rounds` rounds."""
 
 
-def run(config: RunConfig, roles: Roles, state: LoopState) -> None:
+def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
     """Train from `state` (a fresh one, or a checkpoint's) to `config.run.steps`."""
     sync_weights(roles)
     if state.step == 0:
         roles.recorder.log(0, evaluate(config, roles))
     for step in range(state.step + 1, config.run.steps + 1):
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
-        scored = score(roles, RolloutBatch.from_groups(groups))
+        scored = score(roles, t.RolloutBatch.from_groups(groups))
         process_rewards, prm_metrics = learn_process_rewards(config, roles, scored)
-        batch = TrainBatch(scored, process_rewards, advantages(config, scored, process_rewards))
+        batch = with_advantages(config, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
             policy_metrics = roles.policy.update(batch)
         sync_weights(roles)
-        state = LoopState(step, keep_surplus(roles, surplus))
+        state = t.LoopState(step, keep_surplus(roles, surplus))
 
         metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config.advantage.gamma)
         if due(step, config.evaluate.every, config.run.steps):
@@ -52,31 +44,27 @@ def run(config: RunConfig, roles: Roles, state: LoopState) -> None:
         if due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
-        seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
-        roles.recorder.log(step, metrics | seconds)
+        metrics |= figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
+        roles.recorder.log(step, metrics)
 
 
 def collect(
-    config: RunConfig, roles: Roles, step: int, surplus: tuple[VerifiedGroup, ...]
-) -> tuple[list[VerifiedGroup], list[VerifiedGroup], Metrics]:
+    config: RunConfig, roles: Roles, step: int, surplus: tuple[t.VerifiedGroup, ...]
+) -> tuple[list[t.VerifiedGroup], list[t.VerifiedGroup], t.Metrics]:
     """Roll out, verify, filter; again until the batch is full. Returns batch, surplus, figures."""
-    knobs, window = config.rollout, config.filter
-    kept, seen = list(surplus), list[VerifiedGroup]()
+    knobs, low, high = config.rollout, config.filter.min_accuracy, config.filter.max_accuracy
+    kept, seen = list(surplus), list[t.VerifiedGroup]()
     with roles.gpus.phase(Phase.GENERATE):
         for round_ in range(knobs.max_rounds):
             prompts = roles.prompts.take(knobs.prompts_per_round or knobs.prompts_per_step)
-            seed = (config.run.seed * 1_000_000 + step) * 1_000 + round_  # a stream of its own
-            sampling = Sampling(
-                knobs.group_size, knobs.temperature, knobs.max_response_length, seed
+            stream = (config.run.seed * 1_000_000 + step) * 1_000 + round_
+            sampling = t.Sampling(
+                knobs.group_size, knobs.temperature, knobs.max_response_length, stream
             )
             rollouts = roles.engine.generate(prompts, sampling)
             verified = roles.ranks.gather(roles.verifier.verify(rollouts))
-            passed = within_accuracy_window(
-                outcome_rewards(verified),
-                knobs.group_size,
-                window.min_accuracy,
-                window.max_accuracy,
-            )
+            rewards = t.outcome_rewards(verified)
+            passed = within_accuracy_window(rewards, knobs.group_size, low, high)
             seen += verified
             kept += [group for group, passes in zip(verified, passed, strict=True) if passes]
             roles.recorder.progress("prompts in the window", len(kept), knobs.prompts_per_step)
@@ -88,19 +76,17 @@ def collect(
     return batch, kept[len(batch) :], figures.of_rollouts(seen, batch, rounds=round_ + 1)
 
 
-def score(roles: Roles, rollouts: RolloutBatch) -> ScoredBatch:
+def score(roles: Roles, rollouts: t.RolloutBatch) -> t.ScoredBatch:
     """One forward of the policy and of the reference over the same tokens, without gradients."""
     with roles.gpus.phase(Phase.SCORE):
-        return ScoredBatch(
-            rollouts,
-            old_logprobs=roles.policy.logprobs(rollouts),
-            ref_logprobs=None if roles.reference is None else roles.reference.logprobs(rollouts),
-        )
+        old = roles.policy.logprobs(rollouts)
+        ref = None if roles.reference is None else roles.reference.logprobs(rollouts)
+    return t.ScoredBatch(rollouts, old, ref)
 
 
 def learn_process_rewards(
-    config: RunConfig, roles: Roles, scored: ScoredBatch
-) -> tuple[Tensor | None, Metrics]:
+    config: RunConfig, roles: Roles, scored: t.ScoredBatch
+) -> tuple[Tensor | None, t.Metrics]:
     """Train the PRM on outcomes; r_t = beta log(prm / ref) by the forward `prm.forward` names."""
     if roles.prm is None or scored.ref_logprobs is None:
         return None, {}
@@ -110,30 +96,24 @@ def learn_process_rewards(
         update = roles.prm.update(scored)
         wants_after = forward == "double" or config.prm.measure_after
         after = roles.prm.logprobs(rollouts) if wants_after else None
-    # `single` (the released run) reuses the training forwards: no pass of its own.
-    prm_logprobs = {"single": update.forward_logprobs, "single_strict": before, "double": after}[
-        forward
-    ]
-    assert prm_logprobs is not None, f"prm.forward = {forward!r} made no log-probs"
-    rewards = implicit_rewards(
-        prm_logprobs, scored.ref_logprobs, rollouts.response_mask, config.prm.beta
-    )
-    seen = before if before is not None else update.forward_logprobs
-    return rewards, update.metrics | figures.of_prm(scored, seen, after)
+    trained = update.forward_logprobs  # `single`, the released run: no pass of its own
+    chosen = {"single": trained, "single_strict": before, "double": after}[forward]
+    assert chosen is not None, f"prm.forward = {forward!r} made no log-probs"
+    mask = rollouts.response_mask
+    rewards = implicit_rewards(chosen, scored.ref_logprobs, mask, config.prm.beta)
+    figures_ = figures.of_prm(scored, trained if before is None else before, after)
+    return rewards, update.metrics | figures_
 
 
-def advantages(
-    config: RunConfig, scored: ScoredBatch, process_rewards: Tensor | None
-) -> Tensor:  # [N, T]
-    """Leave-one-out advantages of both rewards, computed on the whole batch on every rank."""
-    rollouts = scored.rollouts
-    return prime_advantages(
-        process_rewards,
-        rollouts.outcome_rewards,
-        rollouts.response_mask,
-        rollouts.group_size,
-        config.advantage,
+def with_advantages(
+    config: RunConfig, scored: t.ScoredBatch, process_rewards: Tensor | None
+) -> t.TrainBatch:
+    """Leave-one-out advantages of both rewards, on the whole batch, alike on every rank."""
+    rows = scored.rollouts
+    advantages = prime_advantages(
+        process_rewards, rows.outcome_rewards, rows.response_mask, rows.group_size, config.advantage
     )
+    return t.TrainBatch(scored, process_rewards, advantages)
 
 
 def sync_weights(roles: Roles) -> None:
@@ -143,22 +123,11 @@ def sync_weights(roles: Roles) -> None:
             roles.engine.load_weights(roles.policy.export_weights(), roles.policy.version)
 
 
-def keep_surplus(roles: Roles, surplus: list[VerifiedGroup]) -> tuple[VerifiedGroup, ...]:
+def keep_surplus(roles: Roles, surplus: list[t.VerifiedGroup]) -> tuple[t.VerifiedGroup, ...]:
     """Groups of the current policy serve the next step; of the others only the prompts go back."""
-    current = [group.policy_version == roles.policy.version for group in surplus]
-    stale = [group.prompt for group, fresh in zip(surplus, current, strict=True) if not fresh]
-    roles.prompts.put_back(stale)
-    return tuple(group for group, fresh in zip(surplus, current, strict=True) if fresh)
-
-
-def evaluate(config: RunConfig, roles: Roles) -> Metrics:
-    """Greedy accuracy on the held-out prompts; no prompts, no figures."""
-    if not roles.eval_prompts:
-        return {}
-    with roles.gpus.phase(Phase.EVALUATE):
-        greedy = Sampling(1, 0.0, config.rollout.max_response_length, seed=0)
-        answers = roles.engine.generate(roles.eval_prompts, greedy)
-        return figures.of_evaluation(roles.ranks.gather(roles.verifier.verify(answers)))
+    stale = [group for group in surplus if group.policy_version != roles.policy.version]
+    roles.prompts.put_back([group.prompt for group in stale])
+    return tuple(group for group in surplus if group not in stale)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -115,7 +115,12 @@ class RolloutBatch:
 
     @classmethod
     def from_groups(cls, groups: Sequence[VerifiedGroup]) -> RolloutBatch:
-        """Flatten verified groups; every group must have the same number of rollouts."""
+        """Flatten verified groups of equal size, all of one policy version.
+
+        Raises ValueError when they are of several: leave-one-out compares rollouts of one policy.
+        """
+        if len(versions := {group.policy_version for group in groups}) != 1:
+            raise ValueError(f"found groups of policy versions {sorted(versions)} in one batch")
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]

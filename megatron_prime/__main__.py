@@ -1,0 +1,68 @@
+"""The command line: `python -m megatron_prime COMMAND RUN.toml [--section.key=value …]`.
+
+Started once per rank by torchrun or srun; without either it is a run of one rank. Nothing heavy is
+imported before the configuration has been read and checked, and the environment is read only here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_prime import __version__
+
+COMMANDS = {
+    "train": "train the policy with PRIME; the same command again continues an interrupted run",
+    "sft": "supervised fine-tuning, the stage before PRIME",
+    "evaluate": "greedy accuracy of model.hf on data.eval",
+    "config": "print the resolved configuration with each knob's sentence",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a configuration that can't run."""
+    command, path, overrides = _parse(arguments)
+    from megatron_prime.config import ConfigError, describe, load
+
+    try:
+        config = load(path, overrides)
+        if command == "config":
+            print(describe(config))
+            return 0
+        from megatron_prime.validate import check
+
+        check(config, command, world_size(os.environ))
+    except ConfigError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"{path} can't run:\n{error}", file=sys.stderr)
+        return 2
+    from megatron_prime import build
+
+    getattr(build, command)(config, os.environ)
+    return 0
+
+
+def world_size(environ: os._Environ[str]) -> int:
+    """Ranks of this run, from torchrun's or Slurm's variables; 1 without either."""
+    return int(environ.get("WORLD_SIZE") or environ.get("SLURM_NTASKS") or 1)
+
+
+def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="megatron_prime",
+        description="PRIME: reinforcement learning with an implicit process reward model.",
+        epilog="Every knob of RUN.toml can be set as --section.key=value; `config` lists them.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_prime {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, sentence in COMMANDS.items():
+        command = commands.add_parser(name, help=sentence, description=sentence)
+        command.add_argument("run", type=Path, metavar="RUN.toml")
+    known, overrides = parser.parse_known_args(arguments)
+    return known.command, known.run, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The composition root: from a checked configuration to the roles of a run, and the commands.
+
+Only this file knows every package. A role is chosen here, by name, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_prime import evaluation, figures, loop
+from megatron_prime import sft as sft_stage
+from megatron_prime.config import BatchSection, RunConfig
+from megatron_prime.data.chat import load_tokenizer
+from megatron_prime.data.prompts import PromptStream, load_prompts
+from megatron_prime.data.sft_data import load_conversations
+from megatron_prime.models.architecture import ModelShape, build_model
+from megatron_prime.models.engine import Engine, TrainableEngine
+from megatron_prime.models.policy import MegatronPolicy
+from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.reference import MegatronReference
+from megatron_prime.protocols import Roles
+from megatron_prime.report.curves import draw_curves
+from megatron_prime.rollout.local_engine import LocalEngine
+from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize, rendezvous_from
+from megatron_prime.runtime.provenance import write_provenance
+from megatron_prime.runtime.recorder import RunRecorder
+from megatron_prime.runtime.scheduler import ResidentScheduler
+from megatron_prime.types import LoopState, Prompt, VerifiedGroup
+from megatron_prime.verify.pool import VerifierPool
+from megatron_prime.weights.checkpoint import RunCheckpoints
+from megatron_prime.weights.export import export_hf
+from megatron_prime.weights.load import load_hf
+
+
+def train(config: RunConfig, environ: Mapping[str, str]) -> None:
+    """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
+    with session(config, environ) as ranks, ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.hf)
+        data = config.data
+        prompts = load_prompts(data.train, tokenizer, data.template, data.max_prompt_length)
+        stream = PromptStream(prompts.prompts, config.run.seed)
+        policy = MegatronPolicy(
+            trained(config, config.model.hf, config.policy, config.rollout.temperature),
+            config.policy,
+            config.run.seed,
+        )
+        engines = {"policy": policy.engine}
+        prm = reference = None
+        if config.uses_prm:
+            prm = MegatronPrm(
+                trained(config, config.prm.hf or config.model.hf, config.prm, 1.0), config.prm
+            )
+            reference = MegatronReference(frozen(config, config.model.hf))
+            engines["prm"] = prm.engine
+        checkpoints = RunCheckpoints(
+            config.run.folder / "checkpoints", engines, policy, stream, config.checkpoint.keep
+        )
+        state = checkpoints.resume() or LoopState()
+        recorder = stack.enter_context(
+            RunRecorder(config.run.folder, config.run.steps, ranks.rank, resume_step=state.step)
+        )
+        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        engine = local_engine(config, tokenizer, ranks)
+        gpus = ResidentScheduler(recorder.phase)
+        loop.run(
+            config,
+            Roles(
+                prompts=stream,
+                engine=engine,
+                verifier=verifier,
+                ranks=ranks,
+                policy=policy,
+                prm=prm,
+                reference=reference,
+                gpus=gpus,
+                recorder=recorder,
+                checkpoints=checkpoints,
+                eval_prompts=eval_prompts(config, tokenizer),
+            ),
+            state,
+        )
+        exported = config.run.folder / "hf"
+        export_hf(policy.engine.module, policy.engine.shape, config.model.hf, exported)
+        if ranks.rank == 0:
+            curves = config.run.folder / "curves.png"
+            draw_curves(config.run.folder / "metrics.jsonl", curves, str(config.run.folder))
+            recorder.summary(curves, exported)
+
+
+def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
+    with session(config, environ) as ranks:
+        assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
+        tokenizer = load_tokenizer(config.model.hf)
+        conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
+        shape = ModelShape.from_hf(config.model.hf, config.tp)
+        model = build_model(shape, config.model.precision, config.megatron)
+        if config.sft.init == "pretrained":
+            load_hf(model, config.model.hf, shape)
+        engine = TrainableEngine(model, shape, config.sft, 1.0, config.sft.steps)
+        with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
+            sft_stage.run(config, engine, conversations.examples, recorder)
+        output = config.sft.output or config.run.folder / "hf"
+        export_hf(engine.module, shape, config.model.hf, output)
+        if ranks.rank == 0:
+            print(f"fine-tuned model: {output}")
+
+
+def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in the run folder."""
+    with session(config, environ) as ranks, ExitStack() as stack:
+        tokenizer = load_tokenizer(config.model.hf)
+        prompts = eval_prompts(config, tokenizer)
+        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        engine = local_engine(config, tokenizer, ranks)
+        engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
+        groups = evaluation.answer(config, engine, verifier, ranks, prompts)
+        if ranks.rank == 0:
+            records = config.run.folder / "evaluation.jsonl"
+            records.write_text("".join(json.dumps(record(group)) + "\n" for group in groups))
+            found = figures.of_evaluation(groups)
+            print(f"{config.model.hf}: {found['evaluate/accuracy']:.1%} of {len(groups)} problems")
+            print(f"each answer: {records}")
+
+
+@contextmanager
+def session(config: RunConfig, environ: Mapping[str, str]) -> Iterator[WorldRanks]:
+    """The process groups of a run, and its provenance in the run folder."""
+    run = config.run
+    initialize(rendezvous_from(environ), config.tp, config.pp, run.seed, run.timeout_s)
+    try:
+        ranks = WorldRanks()
+        if ranks.rank == 0:
+            write_provenance(config.run.folder, config, ranks.world_size)
+        yield ranks
+    finally:
+        destroy()
+
+
+def trained(
+    config: RunConfig, hf: Path, knobs: BatchSection, temperature: float
+) -> TrainableEngine:
+    """A model with optimizer, from a Hugging Face checkpoint."""
+    model, shape = loaded(config, hf)
+    return TrainableEngine(model, shape, knobs, temperature, config.run.steps)
+
+
+def frozen(config: RunConfig, hf: Path) -> Engine:
+    """A model for log-probs only, cut into the PRM's micro-batches."""
+    model, shape = loaded(config, hf)
+    return Engine(model, shape, config.prm.micro_batch_tokens, temperature=1.0)
+
+
+def loaded(config: RunConfig, hf: Path) -> tuple[Any, ModelShape]:
+    """This rank's shard of the model in `hf`."""
+    shape = ModelShape.from_hf(hf, config.tp)
+    model = build_model(shape, config.model.precision, config.megatron)
+    load_hf(model, hf, shape)
+    return model, shape
+
+
+def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalEngine:
+    """The embedded rollout engine of this rank."""
+    return LocalEngine(
+        config.model.hf,
+        ranks.rank,
+        ranks.world_size,
+        config.model.precision,
+        config.rollout.batch_size,
+        tokenizer,
+        ranks.device,
+    )
+
+
+def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The held-out prompts, as many as `evaluate.max_prompts` says."""
+    data = config.data
+    if data.eval is None:
+        return ()
+    prompts = load_prompts(data.eval, tokenizer, data.template, data.max_prompt_length).prompts
+    return prompts[: config.evaluate.max_prompts or None]
+
+
+def record(group: VerifiedGroup) -> dict[str, Any]:
+    """One line of evaluation.jsonl."""
+    (rollout,), (reward,) = group.rollouts, group.outcome_rewards
+    return {
+        "prompt_id": group.prompt.prompt_id,
+        "data_source": group.prompt.data_source,
+        "ground_truth": group.prompt.ground_truth,
+        "response": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "outcome_reward": reward,
+    }

@@ -1,0 +1,87 @@
+"""Supervised fine-tuning: the stage before PRIME, on the same Megatron engine.
+
+Each step takes a mini-batch of conversations and minimises the mean negative log-likelihood of its
+assistant tokens. The result is a Hugging Face checkpoint that policy, PRM and reference start from.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_prime.config import RunConfig
+from megatron_prime.data.sft_data import SftExample
+from megatron_prime.models.engine import Forward, TrainableEngine
+from megatron_prime.models.mini_batch import MiniBatch
+from megatron_prime.protocols import Recorder
+from megatron_prime.types import TokenSequence
+
+
+def run(
+    config: RunConfig,
+    engine: TrainableEngine,
+    examples: Sequence[SftExample],
+    recorder: Recorder,
+) -> None:
+    """Take `sft.steps` optimizer steps over shuffled epochs of `examples`."""
+    batches = shuffled(examples, config.sft.mini_batch_size, config.run.seed)
+    for step in range(1, config.sft.steps + 1):
+        started = time.perf_counter()
+        batch = next(batches)
+        sequences, mask = as_sequences(batch)
+        tokens = int(mask.sum())
+
+        def loss(forward: Forward, mask: Tensor = mask, tokens: int = tokens) -> Tensor:
+            (inside,) = MiniBatch.cut(forward, mask)
+            return -torch.where(inside, forward.logprobs, 0.0).sum() / tokens
+
+        rate = engine.next_rate()
+        result = engine.train_step(sequences, range(len(sequences)), loss)
+        seconds = time.perf_counter() - started
+        recorder.log(
+            step,
+            {
+                "sft/loss": result.loss,
+                "sft/grad_norm": result.grad_norm,
+                "sft/lr": rate,
+                "sft/tokens_per_s": sum(len(s.token_ids) for s in sequences) / seconds,
+                "time/step_s": seconds,
+            },
+        )
+
+
+def as_sequences(examples: Sequence[SftExample]) -> tuple[list[TokenSequence], Tensor]:
+    """Sequences whose response begins at the first trained token, and the loss mask bool [N, T].
+
+    The mask has holes where a later user turn stands between assistant turns.
+    """
+    starts = [example.loss_mask.index(True) for example in examples]
+    sequences = [
+        TokenSequence(example.token_ids, start)
+        for example, start in zip(examples, starts, strict=True)
+    ]
+    mask = torch.zeros(len(examples), max(s.response_length for s in sequences), dtype=torch.bool)
+    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+        tail = example.loss_mask[start:]
+        mask[row, : len(tail)] = torch.tensor(tail)
+    return sequences, mask
+
+
+def shuffled(examples: Sequence[SftExample], count: int, seed: int) -> Iterator[list[SftExample]]:
+    """Endless mini-batches of `count`; each epoch has an order of its own, fixed by the seed."""
+    if count > len(examples):
+        raise ValueError(
+            f"{len(examples)} conversations are fewer than one mini-batch; "
+            f"lower sft.mini_batch_size (found {count}) or bring more data"
+        )
+    epoch = 0
+    while True:
+        order = list(examples)
+        random.Random(seed * 1_000_003 + epoch).shuffle(order)
+        for start in range(0, len(order) - count + 1, count):
+            yield order[start : start + count]
+        epoch += 1

@@ -1,0 +1,48 @@
+"""megatron_prime's packaging: the plain install runs on a CPU, `[gpu]` adds the GPU stack."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+for line in Path(__file__).with_name("megatron_prime").joinpath("__init__.py").read_text().splitlines():
+    if line.startswith("__version__"):
+        VERSION = line.split('"')[1]
+
+setup(
+    name="megatron_prime",
+    version=VERSION,
+    description="PRIME (process reinforcement through implicit rewards) for large models on Megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_prime*"]),
+    package_data={"megatron_prime": ["py.typed"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",  # GPU builds of SGLang pin 2.11
+        "megatron-core==0.16.1",  # runtime/compat.py is checked against this version
+        "numpy",
+        "transformers>=5,<6",
+        "tokenizers",
+        "safetensors",
+        "pydantic>=2.7",
+        "jinja2",  # chat templates
+        "math-verify[antlr4_9_3]==0.9.0",
+        "pyarrow",  # parquet
+        "psutil",  # Megatron's dist_checkpointing hangs without it
+        "tensorboard",
+        "matplotlib",
+        "rich",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "sglang"],  # apex: from NVIDIA's source, optional
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "import-linter==2.16",
+        ],
+    },
+)

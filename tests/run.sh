@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: lint, types, architecture, tests.
+#
+#   bash tests/run.sh            what CI runs
+#   bash tests/run.sh --fast     lint, types and the unit tests of one process (under two minutes)
+#   bash tests/run.sh --full     also what is marked slow: the quickstart with three seeds
+#   bash tests/run.sh -- ARGS    pytest with ARGS
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/venv.sh dev
+
+select=(-m "not slow")
+case "${1:-}" in
+  --fast) select=(-m "not slow and not distributed") ;;
+  --full) select=() ;;
+  --) shift; exec python -m pytest "$@" ;;
+  "") ;;
+  *) echo "found $1, wanted --fast, --full or --" >&2; exit 2 ;;
+esac
+
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+python -m pytest "${select[@]}"

@@ -1,0 +1,51 @@
+# Sourced by run scripts: makes .venv with the package and the extras it is given, or reuses it.
+#
+#   source tools/venv.sh          # the plain CPU install
+#   source tools/venv.sh dev      # with an extra of setup.py
+#
+# PYTHON chooses the interpreter (3.11 or 3.12), TORCH the torch to install first (torch==2.13.0).
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+
+find_python() {
+  for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "megatron_prime needs Python 3.11 or 3.12; set PYTHON to one" >&2
+  return 1
+}
+
+# pip knows where this machine keeps its wheels; uv has to be told.
+pip_setting() { "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; }
+
+install() {
+  if "$VENV/bin/python" -m uv --version >/dev/null 2>&1; then
+    local links=${PIP_FIND_LINKS:-$(pip_setting find-links)} index=${PIP_INDEX_URL:-$(pip_setting index-url)}
+    UV_FIND_LINKS=${links// /,} UV_DEFAULT_INDEX=$index UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy \
+      "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" "$@"
+  else
+    "$VENV/bin/python" -m pip install --quiet "$@"
+  fi
+}
+
+make_venv() {
+  local extra=$1 stamp=$VENV/.installed${1:+-$1} wanted
+  wanted=$(cat "$ROOT/setup.py"; echo "${TORCH:-torch==2.13.0}")
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    return
+  fi
+  echo "setting up $VENV (once) …" >&2
+  [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+  "$VENV/bin/python" -m pip install --quiet uv 2>/dev/null || echo "no uv here; pip takes longer" >&2
+  # Torch by itself first: asked for together with others, a CUDA build of gigabytes may win.
+  install "${TORCH:-torch==2.13.0}"
+  install --editable "$ROOT${extra:+[$extra]}"
+  echo "$wanted" >"$stamp"
+}
+
+make_venv "${1:-}"
+export PATH=$VENV/bin:$PATH OMP_NUM_THREADS=1
