@@ -51,10 +51,10 @@ def install_cpu_shim() -> None:
     silence_known_warnings()
     import megatron.core.tensor_parallel.random as megatron_random
 
-    # The device: models/common/embeddings/rotary_pos_embedding.py:162, transformer/attention.py:430,
-    # pipeline_parallel/p2p_communication.py:190-202,313,321,
+    # The device: models/common/embeddings/rotary_pos_embedding.py:162,
+    # transformer/attention.py:430, pipeline_parallel/p2p_communication.py:190-202,313,321,
     # distributed/param_and_grad_buffer.py:800,806. Waiting for it: p2p_communication.py:242,398,
-    # timers.py:152,165, dist_checkpointing/strategies/filesystem_async.py:230, fully_parallel.py:272.
+    # timers.py:152,165, dist_checkpointing/strategies/{filesystem_async:230,fully_parallel:272}.py.
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing

@@ -1,0 +1,172 @@
+"""From a model's shape and the `[megatron]` table to this rank's part of a Megatron GPTModel.
+
+The shape decides what the model is; `[megatron]` decides how it is computed and goes to Megatron's
+TransformerConfig untouched, except that options which would contradict the shape, or which this
+project's losses and reshard can't honour, are refused by name. On a GPU the layers are Transformer
+Engine's (`transformer_impl = "local"` takes the plain torch ones), on a CPU always plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prime.config import ConfigError
+from megatron_prime.models.torch_spec import torch_block_spec
+from megatron_prime.runtime.compat import megatron_calls
+from megatron_prime.weights.shape import ModelShape
+
+__all__ = ["ModelShape", "build_model", "transformer_config"]
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What every model here has, and why `[megatron]` can't change it.
+FIXED: dict[str, Any] = {
+    "hidden_dropout": 0.0,  # the ratio of two policies must not contain dropout's noise
+    "attention_dropout": 0.0,
+    "variable_seq_lengths": True,  # micro-batches are as long as their longest row
+    "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it of dense models too
+    "calculate_per_token_loss": False,  # the engine's losses are already shares of the batch's
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "qk_layernorm": False,
+}
+
+# Fused CUDA kernels and CUDA streams: not on a CPU, whatever `[megatron]` says.
+CPU_OPTIONS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "persist_layer_norm": False,
+    "tp_comm_overlap": False,
+    "batch_p2p_comm": False,
+    "batch_p2p_sync": False,
+    # With deallocate_pipeline_outputs, overlapping sends over gloo give wrong losses in silence.
+    "overlap_p2p_comm": False,
+}
+
+
+def transformer_config(
+    shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]
+) -> TransformerConfig:
+    """Megatron's config of this model.
+
+    Raises ConfigError, with all problems at once, for an option of `[megatron]` that Megatron does
+    not have, or that belongs to the model's config.json or to this project.
+    """
+    owned = _shape_options(shape, precision)
+    known = {field.name for field in fields(TransformerConfig)}
+    problems = [
+        f"megatron.{key}: Megatron's TransformerConfig has no such option; remove it"
+        for key in megatron.keys() - known
+    ]
+    problems += [
+        f"megatron.{key}: it comes from the model's config.json or [model]; remove it"
+        for key in megatron.keys() & owned.keys()
+    ]
+    problems += [
+        f"megatron.{key}: found {megatron[key]!r}, wanted {FIXED[key]!r}; remove it"
+        for key in megatron.keys() & FIXED.keys()
+        if megatron[key] != FIXED[key]
+    ]
+    problems += _division_problems(shape, megatron)
+    if problems:
+        raise ConfigError("\n".join(sorted(problems)))
+    cpu = {} if torch.cuda.is_available() else CPU_OPTIONS
+    options = {"deallocate_pipeline_outputs": True, **megatron, **owned, **FIXED, **cpu}
+    try:
+        return TransformerConfig(**options)
+    except (AssertionError, TypeError, ValueError) as error:  # its own checks of combinations
+        raise ConfigError(f"[megatron]: Megatron refuses these options: {error}") from error
+
+
+def _shape_options(shape: ModelShape, precision: Precision) -> dict[str, Any]:
+    dtype = DTYPES[precision]
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_size,
+        "layernorm_epsilon": shape.norm_eps,
+        "add_qkv_bias": shape.qkv_bias,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision == "bf16",
+        "fp16": False,
+    }
+
+
+def _division_problems(shape: ModelShape, megatron: Mapping[str, Any]) -> list[str]:
+    tp = megatron.get("tensor_model_parallel_size", 1)
+    parts = {"attention heads": shape.num_heads, "key/value heads": shape.num_kv_heads}
+    parts["feed-forward units"] = shape.ffn_size
+    return [
+        f"megatron.tensor_model_parallel_size: {tp} does not divide the model's {count} {name}"
+        for name, count in parts.items()
+        if count % tp
+    ]
+
+
+def build_model(
+    shape: ModelShape,
+    precision: Precision,
+    megatron: Mapping[str, Any],
+    *,
+    random_init: bool = False,
+) -> GPTModel:
+    """This rank's part of the model, on its device; the process groups must stand.
+
+    Its forward takes tokens and positions [b, S] and gives logits [b, S, V / tp] on the last
+    pipeline stage. The weights are Megatron's random ones if `random_init`, else undefined until
+    `weights.load.load_hf` or a checkpoint fills them. Raises ConfigError as `transformer_config`.
+    """
+    config = transformer_config(shape, precision, megatron)
+    config.perform_initialization = random_init
+    with megatron_calls():
+        model = GPTModel(
+            config,
+            _layers(config),
+            vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        )
+        return model.to(torch.cuda.current_device())
+
+
+def _layers(config: TransformerConfig) -> Any:
+    if config.transformer_impl == "local":
+        return torch_block_spec(config)
+    if find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "Transformer Engine is not installed: pip install transformer-engine[pytorch], or set "
+            'megatron.transformer_impl = "local" for plain torch layers'
+        )
+    return get_gpt_layer_with_transformer_engine_spec()

@@ -1,0 +1,94 @@
+"""The shape of a model, read from the config.json of a Hugging Face checkpoint.
+
+Everything that Megatron, the reshard and the planner need to know about an architecture is in
+`ModelShape`; no other module reads config.json. Only what the models of the family really vary is
+a field: what would change the mathematics (sliding windows, scaled RoPE) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prime.config import ConfigError
+
+FAMILIES = ("qwen2",)  # `model_type` of the architectures that `weights/names.py` has a map for
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU."""
+
+    family: str  # Hugging Face's model_type
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    qkv_bias: bool
+    tied_embeddings: bool  # the output layer is the embedding
+
+    @classmethod
+    def read(cls, hf_dir: Path) -> ModelShape:
+        """Read `hf_dir`/config.json; ConfigError when it is absent or describes another family."""
+        path = hf_dir / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"no {path}; model.hf must be the directory of a Hugging Face checkpoint"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}; download it again") from error
+        try:
+            return _from_config(config, path)
+        except KeyError as error:
+            raise ConfigError(f"{path} lacks {error}; is it a whole checkpoint?") from error
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding when `tp` ranks share it.
+
+        Each rank's share is a multiple of 16, which tensor cores want of a matrix in FP8.
+        """
+        return -(-self.vocab_size // (16 * tp)) * 16 * tp
+
+
+def _from_config(config: dict[str, Any], path: Path) -> ModelShape:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: found model_type {family!r}, wanted one of {list(FAMILIES)}")
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ConfigError(f"{path}: found rope_type {rope_type!r}, wanted plain RoPE (default)")
+    if config.get("use_sliding_window"):
+        raise ConfigError(
+            f"{path}: sliding windows are not supported; set use_sliding_window false"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"{path}: found hidden_act {activation!r}, wanted 'silu'")
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        family=family,
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        qkv_bias=True,  # Qwen2 has it always and says so nowhere
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
