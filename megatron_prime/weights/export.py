@@ -1,0 +1,63 @@
+"""A trained model as a Hugging Face checkpoint directory that transformers, vLLM or SGLang load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_prime.weights.reshard import gather_hf_tensors
+from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_checkpoint
+from megatron_prime.weights.shape import ModelShape
+
+# Everything but the weights that makes a checkpoint usable.
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def export_hf(
+    model: torch.nn.Module,
+    shape: ModelShape,
+    source_dir: Path,
+    out_dir: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` with the config and tokenizer of `source_dir` to `out_dir`.
+
+    Collective over all ranks; rank 0 writes, and the files are there when any rank returns. They
+    appear only when all are written. ValueError if it would overwrite `source_dir`.
+    """
+    if out_dir.resolve() == source_dir.resolve():
+        raise ValueError(f"the export would overwrite its source {source_dir}; choose another path")
+    if parallel_state.get_data_parallel_rank() == 0:  # the replica of rank 0
+        tensors = gather_hf_tensors(model, shape)
+        if dist.get_rank() == 0:
+            dtype = next(model.parameters()).dtype
+            write_checkpoint(tensors, _other_files(source_dir, dtype), out_dir, shard_bytes)
+        else:
+            for _ in tensors:  # take part in the collectives
+                pass
+    dist.barrier()
+
+
+def _other_files(source_dir: Path, dtype: torch.dtype) -> dict[str, bytes]:
+    config = json.loads((source_dir / "config.json").read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and before
+    config[key] = str(dtype).removeprefix("torch.")
+    copied = {
+        name: (source_dir / name).read_bytes() for name in _COPIED if (source_dir / name).exists()
+    }
+    return {"config.json": json.dumps(config, indent=2).encode(), **copied}
