@@ -1,0 +1,158 @@
+"""The embedded rollout engine: a `transformers` model in the trainer's own process.
+
+Every rank holds a whole copy and answers the prompts of its share. The model is built from
+config.json alone; its weights come through `load_weights`, resharded from the policy, never from
+the checkpoint's files. So what samples is what trains, and a rollout says which version it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_prime.rollout.decoding import Request, decode
+from megatron_prime.types import Group, Prompt, Rollout, Sampling
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    eos_token_id: int | None
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of the tokens."""
+
+
+class LocalEngine:
+    """Samples this rank's share of the prompts with the policy's weights."""
+
+    version = -1
+
+    def __init__(
+        self,
+        hf_dir: Path,
+        rank: int,
+        world_size: int,
+        precision: Literal["fp32", "bf16"],
+        batch_size: int,
+        tokenizer: Tokenizer,
+        device: torch.device | str,
+    ) -> None:
+        """Build the model that `hf_dir`/config.json describes, without weights worth the name.
+
+        `batch_size` sequences are decoded at once. Raises ValueError if nothing says which token
+        ends a response.
+        """
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.tokenizer = tokenizer
+        self.eos_ids = end_of_sequence_ids(tokenizer, hf_dir)
+        with torch.device(device):
+            self.model: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(hf_dir),
+                dtype=DTYPES[precision],
+                attn_implementation="sdpa",
+            )
+        self.model.eval().requires_grad_(False)
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Copy whole tensors under their Hugging Face names into the live model.
+
+        A tied output layer may come under its own name or not at all. Until the last tensor has
+        arrived the engine has no version and samples nothing. Raises ValueError on a surplus,
+        missing, contradicting or differently shaped tensor.
+        """
+        self.version = -1
+        owners = {id(tensor): name for name, tensor in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if name not in parameters:
+                raise ValueError(
+                    f"load_weights: the rollout model has no parameter {name}; the policy's names "
+                    "must be those of model.hf's architecture"
+                )
+            parameter = parameters[name]
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"load_weights: {name} has shape {list(tensor.shape)}, wanted "
+                    f"{list(parameter.shape)}; model.hf/config.json must describe the policy"
+                )
+            value, owner = tensor.to(parameter), owners[id(parameter)]
+            if owner in loaded and not torch.equal(parameter, value):
+                raise ValueError(
+                    f"load_weights: {name} came twice with different values; tied tensors "
+                    "(tie_word_embeddings) must be equal"
+                )
+            parameter.copy_(value)
+            loaded.add(owner)
+        if missing := sorted(set(owners.values()) - loaded):
+            raise ValueError(
+                f"load_weights: {len(missing)} of {len(owners)} parameters did not arrive: "
+                f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the export of the "
+                "policy must yield every tensor of model.hf's architecture"
+            )
+        self.version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        """Groups for prompts[rank::world_size], each as soon as its last response is decoded.
+
+        Raises RuntimeError without loaded weights, ValueError for a prompt without tokens; both
+        at once, not at the first group.
+        """
+        if self.version < 0:
+            raise RuntimeError(
+                "generate: the rollout model has no complete weights; call load_weights first"
+            )
+        share = prompts[self.rank :: self.world_size]
+        for prompt in share:
+            if not prompt.token_ids:
+                raise ValueError(f"generate: prompt {prompt.prompt_id} has no tokens to continue")
+        return self._groups(share, sampling)
+
+    def _groups(self, share: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        count = sampling.samples
+        requests = [Request(prompt, sample) for prompt in share for sample in range(count)]
+        whole_groups = self.batch_size // count * count
+        size = whole_groups or self.batch_size  # a group larger than a batch spans several
+        waiting: list[Rollout] = []
+        prompts = iter(share)
+        for start in range(0, len(requests), size):
+            waiting += self._rollouts(requests[start : start + size], sampling)
+            while len(waiting) >= count:
+                yield Group(next(prompts), tuple(waiting[:count]))
+                del waiting[:count]
+
+    def _rollouts(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        return [
+            Rollout(
+                response_ids=response.token_ids,
+                rollout_logprobs=response.logprobs,
+                finish_reason="stop" if response.stopped else "length",
+                policy_version=self.version,
+                text=self.tokenizer.decode(response.token_ids, skip_special_tokens=True),
+            )
+            for response in decode(self.model, requests, sampling, self.eos_ids)
+        ]
+
+
+def end_of_sequence_ids(tokenizer: Tokenizer, hf_dir: Path) -> tuple[int, ...]:
+    """The tokens that end a response: the tokenizer's, and those of generation_config.json."""
+    found = {tokenizer.eos_token_id} - {None}
+    generation_config = hf_dir / "generation_config.json"
+    if generation_config.exists():
+        more = json.loads(generation_config.read_text()).get("eos_token_id")
+        found |= set(more) if isinstance(more, list) else {more} - {None}
+    if not found:
+        raise ValueError(
+            f"{hf_dir}: neither the tokenizer nor generation_config.json names an end-of-sequence "
+            "token, so no response would ever stop; set eos_token in tokenizer_config.json"
+        )
+    return tuple(sorted(token for token in found if token is not None))
