@@ -131,26 +131,19 @@ def _division_problems(shape: ModelShape, megatron: Mapping[str, Any]) -> list[s
     ]
 
 
-def build_model(
-    shape: ModelShape,
-    precision: Precision,
-    megatron: Mapping[str, Any],
-    *,
-    random_init: bool = False,
-) -> GPTModel:
+def build_model(shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]) -> GPTModel:
     """This rank's part of the model, on its device; the process groups must stand.
 
     Its forward takes tokens and positions [b, S] and gives logits [b, S, V / tp] on the last
-    pipeline stage. The weights are Megatron's random ones if `random_init`, else undefined until
-    `weights.load.load_hf` or a checkpoint fills them. Raises ConfigError as `transformer_config`.
+    pipeline stage. The weights are Megatron's random ones until `weights.load.load_hf` or a
+    checkpoint replaces them. Raises ConfigError as `transformer_config`.
     """
     config = transformer_config(shape, precision, megatron)
-    config.perform_initialization = random_init
     with megatron_calls():
         model = GPTModel(
             config,
             _layers(config),
-            vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
+            vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),

@@ -138,6 +138,7 @@ class WorldRanks:
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
+        self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
         self.world_size = dist.get_world_size()
         self.dp_rank: int = parallel_state.get_data_parallel_rank()
         self.dp_size: int = parallel_state.get_data_parallel_world_size()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prime.weights.reshard import gather_hf_tensors
-from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_checkpoint
+from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_hf_checkpoint
 from megatron_prime.weights.shape import ModelShape
 
 # Everything but the weights that makes a checkpoint usable.
@@ -46,7 +46,7 @@ def export_hf(
         tensors = gather_hf_tensors(model, shape)
         if dist.get_rank() == 0:
             dtype = next(model.parameters()).dtype
-            write_checkpoint(tensors, _other_files(source_dir, dtype), out_dir, shard_bytes)
+            write_hf_checkpoint(tensors, _other_files(source_dir, dtype), out_dir, shard_bytes)
         else:
             for _ in tensors:  # take part in the collectives
                 pass

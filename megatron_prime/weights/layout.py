@@ -44,7 +44,7 @@ def part_of(
     if layout is Layout.COLUMNS:
         return (slice(0, size[0]), _even(size[1], tp, rank))
     if layout is Layout.VOCAB:
-        padded = _even(shape.padded_vocab_size(tp), tp, rank)
+        padded = _even(shape.padded_vocab_size, tp, rank)
         return (slice(min(padded.start, size[0]), min(padded.stop, size[0])),)
     return (_even(size[0], tp, rank),)
 
@@ -65,7 +65,7 @@ def fuse(layout: Layout, parts: Sequence[Tensor], shape: ModelShape, tp: int) ->
         return torch.cat(list(parts))
     (part,) = parts
     if layout is Layout.VOCAB:
-        missing = shape.padded_vocab_size(tp) // tp - part.shape[0]
+        missing = shape.padded_vocab_size // tp - part.shape[0]
         return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
     return part
 

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_prime.weights.layout import fuse, part_of
 from megatron_prime.weights.names import hf_shapes, parameters_by_entry
-from megatron_prime.weights.safetensors_io import CheckpointReader
+from megatron_prime.weights.safetensors_io import HfCheckpoint
 from megatron_prime.weights.shape import ModelShape
 
 
@@ -21,14 +21,16 @@ def load_hf(model: torch.nn.Module, hf_dir: Path, shape: ModelShape) -> None:
     pipeline stage reads the embedding. Values are converted to the parameters' type. Raises
     WeightsError when the files don't hold exactly the tensors of `shape`.
     """
-    reader = CheckpointReader(hf_dir)
+    checkpoint = HfCheckpoint(hf_dir)
     # Some exporters store the output layer of a tied model, too; transformers ignores it as well.
-    reader.check(hf_shapes(shape), may_ignore=["lm_head.weight"] if shape.tied_embeddings else [])
+    checkpoint.check(
+        hf_shapes(shape), may_ignore=["lm_head.weight"] if shape.tied_embeddings else []
+    )
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     for entry, parameter, _ in parameters_by_entry(model, shape):
         parts = [
-            reader.read(name, part_of(entry.layout, reader.size(name), shape, tp, rank))
+            checkpoint.read(name, part_of(entry.layout, checkpoint.size(name), shape, tp, rank))
             for name in entry.hf
         ]
         parameter.copy_(fuse(entry.layout, parts, shape, tp))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class WeightsError(ValueError):
     """A checkpoint whose tensors are not those of the model; the message names file and tensor."""
 
 
-class CheckpointReader:
+class HfCheckpoint:
     """The tensors of a Hugging Face directory, opened file by file as they are asked for."""
 
     def __init__(self, hf_dir: Path) -> None:
@@ -63,6 +63,11 @@ class CheckpointReader:
                     "do config.json and safetensors belong together?"
                 )
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, whole."""
+        for name in self.file_of:
+            yield name, self.read(name, tuple(slice(0, length) for length in self.size(name)))
+
     def size(self, name: str) -> tuple[int, ...]:
         """Shape of a whole tensor."""
         return tuple(self._slice(name).get_shape())
@@ -93,7 +98,7 @@ class CheckpointReader:
         return self._open[file]
 
 
-def write_checkpoint(
+def write_hf_checkpoint(
     tensors: Iterable[tuple[str, Tensor]],
     others: Mapping[str, bytes],
     out_dir: Path,

@@ -29,6 +29,7 @@ class ModelShape:
     head_dim: int
     ffn_size: int
     vocab_size: int
+    padded_vocab_size: int  # rows of the embedding over all tensor-parallel ranks
     max_positions: int
     norm_eps: float
     rope_theta: float
@@ -36,8 +37,11 @@ class ModelShape:
     tied_embeddings: bool  # the output layer is the embedding
 
     @classmethod
-    def read(cls, hf_dir: Path) -> ModelShape:
-        """Read `hf_dir`/config.json; ConfigError when it is absent or describes another family."""
+    def from_hf(cls, hf_dir: Path, tp: int = 1) -> ModelShape:
+        """Read `hf_dir`/config.json, for `tp` tensor-parallel ranks.
+
+        Raises ConfigError when the file is absent or describes another family.
+        """
         path = hf_dir / "config.json"
         try:
             config = json.loads(path.read_text())
@@ -48,19 +52,20 @@ class ModelShape:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not JSON: {error}; download it again") from error
         try:
-            return _from_config(config, path)
+            return _from_config(config, path, tp)
         except KeyError as error:
             raise ConfigError(f"{path} lacks {error}; is it a whole checkpoint?") from error
 
-    def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding when `tp` ranks share it.
 
-        Each rank's share is a multiple of 16, which tensor cores want of a matrix in FP8.
-        """
-        return -(-self.vocab_size // (16 * tp)) * 16 * tp
+def padded(vocab_size: int, tp: int) -> int:
+    """Rows of an embedding that `tp` ranks share evenly.
+
+    Each rank's share is a multiple of 16, which tensor cores want of a matrix in FP8.
+    """
+    return -(-vocab_size // (16 * tp)) * 16 * tp
 
 
-def _from_config(config: dict[str, Any], path: Path) -> ModelShape:
+def _from_config(config: dict[str, Any], path: Path, tp: int) -> ModelShape:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"{path}: found model_type {family!r}, wanted one of {list(FAMILIES)}")
@@ -86,6 +91,7 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelShape:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         ffn_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
+        padded_vocab_size=padded(config["vocab_size"], tp),
         max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
