@@ -1,0 +1,231 @@
+"""Outcome rewards from a pool of checker processes, while the rollouts still come in.
+
+Each check has `timeout_s` of wall-clock time from the moment a ready worker gets it. A worker that
+takes longer or dies is replaced, its check scores 0 and is counted: a failure must never look like
+a half-right answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
+
+import megatron_prime
+from megatron_prime.types import Group, VerifiedGroup
+from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
+
+START_TIMEOUT_S = 300.0  # a cold shared file system can take minutes over the imports
+
+
+class VerifierPool:
+    """The Verifier role on `workers` processes; a context manager, else call `close`.
+
+    `command` starts a worker that speaks as `worker.py` does; the default is that module.
+    """
+
+    def __init__(
+        self, workers: int, timeout_s: float, command: Sequence[str] | None = None
+    ) -> None:
+        if command is None:
+            command = (sys.executable, "-m", "megatron_prime.verify.worker", str(os.getpid()))
+        self._timeout_s = timeout_s
+        self._ids = itertools.count()
+        self._workers = [_Worker(command) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        # Workers die with the thread that started them (Linux), so only these threads start any.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        try:
+            for worker in self._workers:
+                self._threads.submit(worker.start).result()
+                self._idle.put(worker)
+        except OSError:
+            self.close()
+            raise
+
+    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]:
+        """Score all rollouts, each from the moment its group comes out of `groups`; order is kept.
+
+        Raises ValueError for an ability without a checker, RuntimeError if workers can't be
+        started, and whatever `groups` raises; the pool can be used again after it.
+        """
+        submitted: list[tuple[Group, list[Future[float | None]]]] = []
+        try:
+            for group in groups:
+                submitted.append((group, self._submit(group)))
+            return [_verified(group, [f.result() for f in futures]) for group, futures in submitted]
+        finally:
+            for _, futures in submitted:
+                for future in futures:
+                    future.cancel()  # without effect on what is done
+
+    def close(self) -> None:
+        """End all workers, in the middle of a check if need be. May be called again."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown()  # only now does nobody wait on the workers' pipes
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _submit(self, group: Group) -> list[Future[float | None]]:
+        prompt = group.prompt
+        if prompt.ability not in SUPPORTED_ABILITIES:
+            supported = ", ".join(SUPPORTED_ABILITIES)
+            raise ValueError(
+                f"prompt {prompt.prompt_id} of {prompt.data_source}: found ability"
+                f" {prompt.ability!r}, wanted one with a checker ({supported});"
+                " leave the others out of the data"
+            )
+        return [
+            self._threads.submit(
+                self._check,
+                Check(next(self._ids), prompt.ability, rollout.text, prompt.ground_truth),
+            )
+            for rollout in group.rollouts
+        ]
+
+    def _check(self, check: Check) -> float | None:
+        """The reward; None for a checker failure. Runs in one of the pool's threads."""
+        worker = self._idle.get()
+        try:
+            return worker.run(check, self._timeout_s)
+        finally:
+            self._idle.put(worker)
+
+
+def _verified(group: Group, rewards: list[float | None]) -> VerifiedGroup:
+    return VerifiedGroup(
+        prompt=group.prompt,
+        rollouts=group.rollouts,
+        outcome_rewards=tuple(0.0 if reward is None else reward for reward in rewards),
+        checker_failures=rewards.count(None),
+    )
+
+
+class _Worker:
+    """A checker process and its successors; for one thread at a time, except `kill`."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._closed = False
+        self._lock = threading.Lock()  # no process may start behind the back of `kill`
+
+    def start(self) -> None:
+        """Start a process without waiting until it is ready; does nothing after `kill`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._ready = False
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                cwd=Path(megatron_prime.__file__).parents[1],  # where `-m` finds the package
+            )
+            assert self._process.stdin is not None, "it was started with a pipe"
+            os.set_blocking(self._process.stdin.fileno(), False)
+
+    def run(self, check: Check, timeout_s: float) -> float | None:
+        """The reward of `check`; None, and a new process, if this one hangs, dies or babbles.
+
+        RuntimeError if the process doesn't get ready, for the next one wouldn't either.
+        """
+        if not self._ready:
+            self._wait_until_ready()
+        try:
+            result = Result.from_line(self._exchange(check.to_line(), timeout_s))
+            if result.id != check.id:
+                raise ValueError(f"found the result of check {result.id}, wanted {check.id}")
+        except (OSError, EOFError, ValueError, TypeError):  # this check's failure, counted as such
+            self._replace()
+            return None
+        return result.reward
+
+    def kill(self) -> None:
+        """Kill the process and start no more; whoever waits for an answer gets EOFError."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def stop(self) -> None:
+        """Kill the process, reap it and close its pipes."""
+        process = self._process
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _wait_until_ready(self) -> None:
+        try:
+            line = self._exchange(b"", START_TIMEOUT_S)
+            if line != READY:
+                raise ValueError(f"found {line!r}, wanted {READY!r}")
+        except (OSError, EOFError, ValueError) as error:
+            self._replace()
+            raise RuntimeError(
+                f"a verifier worker did not get ready ({error}); its messages are on stderr; try"
+                f" it by hand: {' '.join(self._command)}"
+            ) from error
+        self._ready = True
+
+    def _exchange(self, request: bytes, timeout_s: float) -> bytes:
+        """Send `request`, return the answer's line; OSError or EOFError if none comes in time."""
+        process = self._process
+        assert process is not None, "only `start` makes a worker that is run"
+        assert process.stdin is not None, "it was started with a pipe"
+        assert process.stdout is not None, "it was started with a pipe"
+        stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(stdout, select.POLLIN)
+        if request:
+            poll.register(stdin, select.POLLOUT)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            ready = [descriptor for descriptor, _ in poll.poll(max(left, 0.0) * 1000)]
+            if not ready:
+                raise TimeoutError(f"no answer in {timeout_s} s")
+            if stdin in ready:
+                request = request[os.write(stdin, request) :]
+                if not request:
+                    poll.unregister(stdin)
+            if stdout in ready:
+                chunk = os.read(stdout, 65536)
+                if not chunk:
+                    raise EOFError(f"exit status {process.wait()}")
+                answer += chunk
+        return answer
+
+    def _replace(self) -> None:
+        self.stop()
+        self.start()
