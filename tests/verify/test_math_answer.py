@@ -1,6 +1,7 @@
 import json
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,5 +97,5 @@ def test_reference_solutions_of_a_benchmark_are_right_and_others_wrong():
     assert not wrong
     numbers = [row for row in rows if re.fullmatch("[0-9]+", row["answer"])]
     assert len(numbers) > 20
-    for row, other in zip(numbers, numbers[1:], strict=False):
+    for row, other in pairwise(numbers):
         assert grade(other["solution"], row["answer"]) == float(row["answer"] == other["answer"])
