@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_prime.algorithm.filtering import within_accuracy_window
+
+
+def test_both_ends_of_the_window_are_inside(vectors):
+    for row in vectors.raw("filter.table"):
+        outcomes = torch.tensor(row["acc"], dtype=torch.float64)
+        kept = within_accuracy_window(outcomes, len(outcomes), 0.2, 0.8)
+        assert kept.tolist() == [row["keep_inclusive"]], row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("outcomes", "kept"),
+    [
+        ([1, 0, 0, 0, 0], True),
+        ([1, 1, 1, 1, 0], True),
+        ([0.2, 0.2, 0.2, 0.2, 0.2], True),
+        ([0.8, 0.8, 0.8, 0.8, 0.8], True),
+        ([0.7, 0.9, 0.6, 1.0, 0.8], True),
+        ([0, 0, 0, 0, 0], False),
+        ([1, 1, 1, 1, 1], False),
+        ([0.9, 0.9, 0.8, 0.8, 0.8], False),
+        ([0.1, 0.1, 0.2, 0.2, 0.2], False),
+    ],
+)
+def test_the_ends_hold_in_every_type(dtype, outcomes, kept):
+    rewards = torch.tensor(outcomes, dtype=dtype)
+    assert within_accuracy_window(rewards, 5, 0.2, 0.8).tolist() == [kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_counts_of_right_answers_need_no_tolerance(dtype):
+    rewards = torch.tensor([1, 0, 0, 0, 0, 1, 1, 1, 1, 0], dtype=dtype)
+    assert within_accuracy_window(rewards, 5, 0.2, 0.8).tolist() == [True, True]
+    assert within_accuracy_window(rewards, 5, 0.2000001, 0.7999999).tolist() == [False, False]
+
+
+def test_each_group_is_judged_by_itself():
+    rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    kept = within_accuracy_window(rewards, 2, 0.2, 0.8)
+    assert kept.dtype == torch.bool
+    assert kept.tolist() == [False, True, False]
+
+
+def test_a_window_upside_down_is_refused():
+    with pytest.raises(ValueError, match=r"found .*\[0\.8, 0\.2\], wanted .*filter\.min_accuracy"):
+        within_accuracy_window(torch.zeros(4), 4, 0.8, 0.2)
+
+
+def test_partial_groups_are_refused():
+    with pytest.raises(ValueError, match=r"rollout\.group_size"):
+        within_accuracy_window(torch.zeros(6), 4, 0.2, 0.8)
