@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
 from megatron_prime.config import BatchSection, RunConfig
@@ -34,6 +36,7 @@ from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
 from megatron_prime.weights.load import load_hf
+from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 
 def train(config: RunConfig, environ: Mapping[str, str]) -> None:
@@ -97,9 +100,11 @@ def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
-        shape = ModelShape.from_hf(config.model.hf, config.tp)
-        model = build_model(shape, config.model.precision, config.megatron)
-        if config.sft.init == "pretrained":
+        shape = ModelShape.read(config.model.hf)
+        random_init = config.sft.init == "random"
+        precision, options = config.model.precision, config.megatron
+        model = build_model(shape, precision, options, random_init=random_init)
+        if not random_init:
             load_hf(model, config.model.hf, shape)
         engine = TrainableEngine(model, shape, config.sft, 1.0, config.sft.steps)
         with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
@@ -157,7 +162,7 @@ def frozen(config: RunConfig, hf: Path) -> Engine:
 
 def loaded(config: RunConfig, hf: Path) -> tuple[Any, ModelShape]:
     """This rank's shard of the model in `hf`."""
-    shape = ModelShape.from_hf(hf, config.tp)
+    shape = ModelShape.read(hf)
     model = build_model(shape, config.model.precision, config.megatron)
     load_hf(model, hf, shape)
     return model, shape
@@ -172,7 +177,7 @@ def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalE
         config.model.precision,
         config.rollout.batch_size,
         tokenizer,
-        ranks.device,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 
