@@ -27,14 +27,15 @@ CPU = torch.device("cpu")
 
 
 def silence_known_warnings() -> None:
-    """Hide what Megatron-core prints on import without Apex and Transformer Engine.
+    """Hide Megatron-core's warnings that tell nobody anything; call it before importing it.
 
-    Call it before that import. The warnings say that a plain torch function takes the place of a
-    fused kernel, as it should on a CPU.
+    Without Apex and Transformer Engine it says that a plain torch function takes the place of a
+    fused kernel, as it should on a CPU; and it finds fault with a default value of its own.
     """
     for message in (
         "Transformer Engine and Apex are not installed",  # optimizer/*.py, megatron_fsdp
         "Apex is not installed. Falling back to Torch Norm",  # models/backends.py:21
+        "full scope is deprecated. Use empty cuda_graph_scope",  # transformer_config.py:1705
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 

@@ -1,0 +1,236 @@
+"""What the four ranks of test_megatron.py do; prints one JSON line per case with its error or null.
+
+`python -m torch.distributed.run --nproc-per-node=4 megatron_cases.py FOLDER`, FOLDER as made by
+tiny_models.make. One launch runs all cases, for the imports cost more than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_prime.runtime.compat import silence_known_warnings
+
+silence_known_warnings()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
+from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy  # noqa: E402
+from megatron_prime.runtime import distributed  # noqa: E402
+from megatron_prime.runtime.compat import megatron_calls  # noqa: E402
+from megatron_prime.types import Prompt, VerifiedGroup  # noqa: E402
+from megatron_prime.weights.export import export_hf  # noqa: E402
+from megatron_prime.weights.load import load_hf  # noqa: E402
+from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
+from megatron_prime.weights.safetensors_io import HfCheckpoint  # noqa: E402
+from megatron_prime.weights.shape import padded  # noqa: E402
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tp, pp); the other ranks are data-parallel
+TIMEOUT_S = 60
+
+
+def main(folder: Path) -> None:
+    rendezvous = distributed.rendezvous_from(os.environ)
+    distributed.initialize(rendezvous, *LAYOUTS[0], 1, TIMEOUT_S)
+    for size in (1, 2, 4):
+        case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
+    case("gather_groups", gather_groups)
+    for tp, pp in LAYOUTS:
+        parallel_state.destroy_model_parallel()
+        distributed.initialize_model_parallel(tp, pp, 1, TIMEOUT_S)
+        for name in ("tied", "untied"):
+            tested = Tested(folder, name, tp, pp)
+            for method in (tested.logprobs, tested.round_trip, tested.copies, tested.export):
+                case(f"{method.__name__}-{name}-tp{tp}-pp{pp}", method)
+            if tp > 1:
+                case(f"sequence_parallel-{name}-tp{tp}-pp{pp}", tested.sequence_parallel)
+    distributed.destroy()
+
+
+def case(name: str, run: Callable[[], None]) -> None:
+    """Run one case on all ranks; rank 0 prints the first rank's error, if any."""
+    error = None
+    try:
+        run()
+    except Exception:  # whatever it is, it is this case's result
+        error = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if dist.get_rank() == 0:
+        first = next((text for text in errors if text), None)
+        print(json.dumps({"case": name, "error": first}), flush=True)
+
+
+def vocab_parallel(tp: int) -> None:
+    """Values and gradients against log_softmax of the whole; also where a rank has only padding."""
+    groups = [dist.new_group(list(range(i, i + tp))) for i in range(0, 4, tp)]
+    group = groups[dist.get_rank() // tp]
+    for vocab, dtype, tolerance in [
+        (5, torch.float32, 1e-5),
+        (61, torch.float32, 1e-5),
+        (64, torch.float32, 1e-5),
+        (61, torch.bfloat16, 1e-2),
+    ]:
+        torch.manual_seed(vocab)
+        whole = (torch.randn(3, 7, padded(vocab, tp)) * 9).to(dtype)
+        whole[..., vocab:] = 50.0  # padding that would win if it took part
+        targets = torch.randint(0, vocab, (3, 7))
+        weights = torch.randn(2, 3, 7)
+
+        mine = whole.chunk(tp, -1)[group.rank()].clone().requires_grad_()
+        before = mine.detach().clone()
+        logprobs, entropy = vocab_parallel_logprobs_and_entropy(mine, targets, vocab, group)
+        (weights[0] * logprobs + weights[1] * entropy).sum().backward()
+        assert torch.equal(mine.detach(), before), "the input was overwritten"
+
+        truth = whole.float().requires_grad_()
+        logp_V = truth[..., :vocab].log_softmax(-1)
+        true_logprobs = logp_V.gather(-1, targets[..., None]).squeeze(-1)
+        true_entropy = -(logp_V.exp() * logp_V).sum(-1)
+        (weights[0] * true_logprobs + weights[1] * true_entropy).sum().backward()
+        assert_close(logprobs, true_logprobs, 1e-5)
+        assert_close(entropy, true_entropy, 1e-5)
+        assert truth.grad is not None
+        assert mine.grad is not None
+        assert_close(mine.grad.float(), truth.grad.chunk(tp, -1)[group.rank()], tolerance)
+
+
+def gather_groups() -> None:
+    """Every rank gets all groups by prompt_id; equal ones stay in the order of ranks."""
+    rank = dist.get_rank()
+    mine = [group_of(9 - rank, rank), group_of(5, rank)] if rank != 2 else []
+    found = distributed.WorldRanks().gather(mine)
+    assert [(g.prompt.prompt_id, g.checker_failures) for g in found] == [
+        (5, 0), (5, 1), (5, 3), (6, 3), (8, 1), (9, 0),
+    ]  # fmt: skip
+
+
+def group_of(prompt_id: int, mark: int) -> VerifiedGroup:
+    return VerifiedGroup(Prompt(prompt_id, (1,), "", "math", ""), (), (), checker_failures=mark)
+
+
+class Tested:
+    """The cases of one model in one layout."""
+
+    def __init__(self, folder: Path, name: str, tp: int, pp: int) -> None:
+        self.folder, self.name = folder, name
+        self.hf_dir = folder / name
+        self.truth = torch.load(folder / f"{name}.pt")
+        self.shape = ModelShape.from_hf(self.hf_dir, tp)
+        self.megatron = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+
+    def model(self, precision: Any = "fp32", **megatron: Any) -> Any:
+        model = build_model(self.shape, precision, {**self.megatron, **megatron})
+        load_hf(model, self.hf_dir, self.shape)
+        return model
+
+    def logprobs(self) -> None:
+        """Through the pipeline schedule, micro-batches of two lengths, against transformers."""
+        self.check_logprobs(self.model())
+
+    def sequence_parallel(self) -> None:
+        """The same with activations split over the sequence."""
+        self.check_logprobs(self.model(sequence_parallel=True))
+
+    def check_logprobs(self, model: Any) -> None:
+        ranks = distributed.WorldRanks()
+        mine = torch.arange(ranks.dp_rank, len(self.truth["tokens"]), ranks.dp_size)
+        micro_batches = [
+            (rows, length) for rows, length in zip(mine.chunk(2), (12, 8), strict=True)
+        ]
+
+        def forward_step(batches: Any, model: Any) -> Any:
+            rows, length = next(batches)
+            tokens = self.truth["tokens"][rows, :length]
+            positions = torch.arange(length).expand_as(tokens)
+            output = model(input_ids=tokens, position_ids=positions, attention_mask=None)
+            return output, lambda logits, non_loss_data: self.compare(logits, rows, tokens)
+
+        with megatron_calls():
+            checked = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micro_batches),
+                model=model,
+                num_microbatches=2,
+                seq_length=12,
+                micro_batch_size=len(micro_batches[0][0]),
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        assert len(checked) == (2 if ranks.is_last_stage else 0)
+
+    def compare(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> int:
+        logprobs, entropy = vocab_parallel_logprobs_and_entropy(
+            logits[:, :-1],
+            tokens[:, 1:],
+            self.shape.vocab_size,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        scored = slice(0, tokens.shape[1] - 1)
+        assert_close(logprobs, self.truth["logprobs"][rows, scored], 1e-5)
+        assert_close(entropy, self.truth["entropy"][rows, scored], 1e-5)
+        return len(rows)
+
+    def round_trip(self) -> None:
+        """load_hf, then gather: bit for bit what is in the file, on every rank, in both types."""
+        truth = dict(HfCheckpoint(self.hf_dir).tensors())
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            model = self.model(precision)
+            for bucket_bytes in (1, 50_000, 2**28):
+                pairs = list(gather_hf_tensors(model, self.shape, bucket_bytes))
+                found = dict(pairs)
+                assert len(pairs) == len(found)
+                assert found.keys() == truth.keys()
+                for name, tensor in found.items():
+                    assert tensor.dtype == dtype, name
+                    assert tensor.is_contiguous(), name
+                    assert torch.equal(tensor, truth[name].to(dtype)), name
+
+    def copies(self) -> None:
+        """Random weights are the same in all replicas; a tied output layer is the embedding."""
+        model = build_model(self.shape, "fp32", self.megatron)
+        ours = [torch.cat([p.detach().flatten() for p in model.parameters()])]
+        group = parallel_state.get_data_parallel_group()
+        replicas = [torch.empty_like(ours[0]) for _ in range(group.size())]
+        dist.all_gather(replicas, ours[0], group=group)
+        assert all(torch.equal(replica, ours[0]) for replica in replicas)
+        assert ours[0].std() > 0.01
+        for of in (model, self.model()):
+            embedding = dict(gather_hf_tensors(of, self.shape))["model.embed_tokens.weight"]
+            if parallel_state.is_pipeline_last_stage() and self.shape.tied_embeddings:
+                rank = parallel_state.get_tensor_model_parallel_rank()
+                weight = of.shared_embedding_or_output_weight()
+                mine = embedding[rank * len(weight) : (rank + 1) * len(weight)]
+                assert torch.equal(weight[: len(mine)], mine)
+
+    def export(self) -> None:
+        """Written twice into the same directory, in many files, then in one or many."""
+        model = self.model()
+        tp, pp = self.megatron.values()
+        out_dir = self.folder / f"{self.name}-tp{tp}-pp{pp}"
+        export_hf(model, self.shape, self.hf_dir, out_dir, shard_bytes=10_000)
+        assert len(list(out_dir.glob("*.safetensors"))) > 5
+        export_hf(model, self.shape, self.hf_dir, out_dir, shard_bytes=10**9 if tp == 1 else 50_000)
+        found = dict(HfCheckpoint(out_dir).tensors())
+        truth = dict(HfCheckpoint(self.hf_dir).tensors())
+        assert found.keys() == truth.keys()
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        assert ModelShape.from_hf(out_dir, tp) == self.shape
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

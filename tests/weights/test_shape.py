@@ -1,0 +1,96 @@
+"""config.json, in the spellings of transformers 4 and 5, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prime.config import ConfigError
+from megatron_prime.weights.shape import ModelShape, padded
+
+QWEN = {  # Qwen2.5-Math-7B, as transformers 4 writes it
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def shape_of(folder: Path, tp: int = 1, **changes: Any) -> ModelShape:
+    config = {key: value for key, value in {**QWEN, **changes}.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelShape.from_hf(folder, tp)
+
+
+def test_qwen25_7b(tmp_path: Path) -> None:
+    assert shape_of(tmp_path, tp=4) == ModelShape(
+        family="qwen2",
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_size=18944,
+        vocab_size=152064,
+        padded_vocab_size=152064,
+        max_positions=4096,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        qkv_bias=True,
+        tied_embeddings=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1000000.0},
+        {"rope_theta": 1000000.0, "rope_scaling": None},
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    ],
+)
+def test_both_spellings_of_rope(rope: dict[str, Any], tmp_path: Path) -> None:
+    assert shape_of(tmp_path, **rope).rope_theta == 1000000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "gemma2"}, r"found model_type 'gemma2', wanted one of \['qwen2'\]"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "rope_type 'linear'"),
+        ({"use_sliding_window": True}, "sliding windows"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rms_norm_eps": ...}, "lacks 'rms_norm_eps'"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        shape_of(tmp_path, **changes)
+
+
+def test_absent_or_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be the directory of a Hugging Face checkpoint"):
+        ModelShape.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        ModelShape.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "rows"), [(61, 1, 64), (61, 2, 64), (65, 2, 96), (151936, 8, 151936)]
+)
+def test_padding_is_even_and_minimal(vocab: int, tp: int, rows: int) -> None:
+    assert padded(vocab, tp) == rows
