@@ -1,0 +1,200 @@
+"""What is known to be impossible before a run starts: two knobs, or a knob and a file, that clash.
+
+`config.py` checks each knob alone. Here they meet each other, the number of ranks, and the model's
+config.json, which is read as plain JSON so that a check on a login node needs no torch. All
+problems are found at once; each is one line that names the knob to change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_prime.config import BatchSection, ConfigError, RunConfig
+
+MODEL_TYPES = ("qwen2",)
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+
+# What Megatron can do and this project can't yet: the only value that runs, and why.
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "context_parallel_size": (1, "log-probs are taken of whole sequences"),
+    "virtual_pipeline_model_parallel_size": (None, "a rank holds one part of the model"),
+    "expert_model_parallel_size": (1, "only dense models are supported"),
+    "num_moe_experts": (None, "only dense models are supported"),
+}
+
+
+def check(config: RunConfig, command: str, world_size: int | None) -> None:
+    """Refuse a run that `command` (`train`, `sft` or `evaluate`) could not finish.
+
+    `world_size` is the number of ranks; None if it is not known yet. Raises ConfigError with all
+    problems, a line each.
+    """
+    find = {"train": _of_training, "sft": _of_fine_tuning, "evaluate": _of_evaluation}[command]
+    parallel = [*_unsupported(config), *_sizes(config)]
+    # Without usable sizes nothing can be divided by them.
+    problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    rollout, window = config.rollout, config.filter
+    yield from _model(config, "model.hf", config.model.hf, _longest(config))
+    yield from _file("data.train", config.data.train)
+    if config.data.eval is not None:
+        yield from _file("data.eval", config.data.eval)
+    if config.advantage.estimator == "rloo" and rollout.group_size < 2:
+        yield (
+            f"rollout.group_size: found {rollout.group_size}, wanted 2 or more: "
+            'advantage.estimator = "rloo" compares a response with the others of its prompt'
+        )
+    if window.min_accuracy > window.max_accuracy:
+        yield (
+            f"filter.min_accuracy: found {window.min_accuracy}, above filter.max_accuracy = "
+            f"{window.max_accuracy}: no prompt could pass; lower it"
+        )
+    yield from _batches(config, "policy", config.policy, world_size)
+    if config.uses_prm:
+        yield from _batches(config, "prm", config.prm, world_size)
+        if config.prm.hf is not None:
+            yield from _model(config, "prm.hf", config.prm.hf, _longest(config))
+
+
+def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    sft = config.sft
+    yield from _model(config, "model.hf", config.model.hf, {"sft.max_length": sft.max_length})
+    if sft.data is None:
+        yield "sft.data: missing; set it to a chat jsonl, in the TOML file or with --sft.data=…"
+    else:
+        yield from _file("sft.data", sft.data)
+    yield from _shares("sft", sft, config, world_size)
+    yield from _micro_batch("sft", sft, config, {"sft.max_length": sft.max_length})
+
+
+def _of_evaluation(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from _model(config, "model.hf", config.model.hf, _longest(config))
+    if config.data.eval is None:
+        yield "data.eval: missing; set it to the problems to evaluate on"
+    else:
+        yield from _file("data.eval", config.data.eval)
+
+
+def _unsupported(config: RunConfig) -> Iterator[str]:
+    for option, (wanted, reason) in UNSUPPORTED.items():
+        if (found := config.megatron.get(option, wanted)) != wanted:
+            yield f"megatron.{option}: found {found!r}, not supported ({reason}); remove it"
+
+
+def _sizes(config: RunConfig) -> Iterator[str]:
+    for option in (TP, PP):
+        found = config.megatron.get(option, 1)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            yield f"megatron.{option}: found {found!r}, wanted a whole number above 0"
+
+
+def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    replica = config.tp * config.pp
+    if world_size is not None and world_size % replica:
+        yield (
+            f"megatron.{TP}, megatron.{PP}: found {config.tp} * {config.pp} = {replica} ranks per "
+            f"replica, which does not divide the run's {world_size} ranks; change one of the three"
+        )
+
+
+def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) -> Iterator[str]:
+    """Whether the model in `folder` exists, can be cut as `[megatron]` says, and is long enough."""
+    path = folder / "config.json"
+    try:
+        model = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        yield f"{knob}: no {path}; wanted the directory of a Hugging Face checkpoint"
+        return
+    except json.JSONDecodeError as error:
+        yield f"{knob}: {path} is not JSON ({error}); download the checkpoint again"
+        return
+    if model.get("model_type") not in MODEL_TYPES:
+        yield (
+            f"{knob}: found model_type {model.get('model_type')!r} in {path}, "
+            f"supported: {', '.join(MODEL_TYPES)}"
+        )
+        return
+    parts = {
+        "num_attention_heads": (TP, config.tp),
+        "num_key_value_heads": (TP, config.tp),
+        "intermediate_size": (TP, config.tp),
+        "num_hidden_layers": (PP, config.pp),
+    }
+    if missing := [key for key in (*parts, "max_position_embeddings") if key not in model]:
+        yield f"{knob}: {path} lacks {', '.join(missing)}; is it a whole checkpoint?"
+        return
+    for key, (option, size) in parts.items():
+        if model[key] % size:
+            yield (
+                f"megatron.{option}: found {size}, which does not divide {key} = {model[key]} "
+                f"of {knob}"
+            )
+    room = model["max_position_embeddings"]
+    if sum(lengths.values()) > room:
+        yield (
+            f"{_sum(lengths)} tokens, more than max_position_embeddings = {room} of {knob}; "
+            "lower it"
+        )
+
+
+def _longest(config: RunConfig) -> dict[str, int]:
+    return {
+        "data.max_prompt_length": config.data.max_prompt_length,
+        "rollout.max_response_length": config.rollout.max_response_length,
+    }
+
+
+def _sum(lengths: dict[str, int]) -> str:
+    found = " + ".join(str(length) for length in lengths.values())
+    total = f" = {sum(lengths.values())}" if len(lengths) > 1 else ""
+    return f"{', '.join(lengths)}: found {found}{total}"
+
+
+def _file(knob: str, path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{knob}: no file {path}; relative paths start at the working directory"
+
+
+def _batches(
+    config: RunConfig, table: str, knobs: BatchSection, world_size: int | None
+) -> Iterator[str]:
+    rollout = config.rollout
+    rollouts = rollout.prompts_per_step * rollout.group_size
+    if rollouts % knobs.mini_batch_size:
+        yield (
+            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a divisor of "
+            f"rollout.prompts_per_step * rollout.group_size = {rollouts}"
+        )
+    yield from _shares(table, knobs, config, world_size)
+    yield from _micro_batch(table, knobs, config, _longest(config))
+
+
+def _shares(
+    table: str, knobs: BatchSection, config: RunConfig, world_size: int | None
+) -> Iterator[str]:
+    replicas = max(1, (world_size or 1) // (config.tp * config.pp))
+    if knobs.mini_batch_size % replicas:
+        yield (
+            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of the "
+            f"{replicas} data-parallel replicas"
+        )
+
+
+def _micro_batch(
+    table: str, knobs: BatchSection, config: RunConfig, lengths: dict[str, int]
+) -> Iterator[str]:
+    longest = sum(lengths.values())
+    if config.megatron.get("sequence_parallel"):
+        longest += -longest % config.tp  # rows are padded so that tp ranks can share them
+    if knobs.micro_batch_tokens < longest:
+        yield (
+            f"{table}.micro_batch_tokens: found {knobs.micro_batch_tokens}, wanted {longest} or "
+            f"more: one sequence must fit ({' + '.join(lengths)})"
+        )

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.validate import MODEL_TYPES, check
+from megatron_prime.weights.shape import FAMILIES
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+}
+
+
+def merged(table, changes):
+    return {
+        **table,
+        **{
+            key: merged(table.get(key, {}), value) if isinstance(value, dict) else value
+            for key, value in changes.items()
+        },
+    }
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run that is in order; `config(rollout={...})` changes knobs."""
+    for name in ("model", "prm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(QWEN))
+    for name in ("train.jsonl", "eval.jsonl", "sft.jsonl"):
+        (tmp_path / name).touch()
+    base = {
+        "run": {"folder": tmp_path / "run"},
+        "model": {"hf": tmp_path / "model"},
+        "data": {
+            "train": tmp_path / "train.jsonl",
+            "eval": tmp_path / "eval.jsonl",
+            "max_prompt_length": 56,
+        },
+        "rollout": {"group_size": 4, "prompts_per_step": 32, "max_response_length": 200},
+        "policy": {"mini_batch_size": 64, "micro_batch_tokens": 256},
+        "prm": {"mini_batch_size": 32, "micro_batch_tokens": 256},
+        "sft": {"data": tmp_path / "sft.jsonl", "max_length": 256, "micro_batch_tokens": 256},
+    }
+    return lambda **changes: RunConfig.model_validate(merged(base, changes))
+
+
+def problems(config, command="train", world_size=None):
+    """What `check` finds, a list of lines."""
+    try:
+        check(config, command, world_size)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "evaluate"])
+@pytest.mark.parametrize("world_size", [None, 1, 2, 8])
+def test_a_run_in_order_passes(config, command, world_size):
+    assert problems(config(), command, world_size) == []
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "evaluate"])
+def test_a_parallel_run_in_order_passes(config, command):
+    parallel = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}
+    parallel |= {"sequence_parallel": True, "recompute_granularity": "full"}
+    assert problems(config(megatron=parallel), command, 24) == []
+
+
+TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+IMPOSSIBLE = {
+    "heads": ({"megatron": {TENSOR: 8}}, 8, TENSOR, "num_attention_heads = 12"),
+    "kv heads": ({"megatron": {TENSOR: 3}}, 3, TENSOR, "num_key_value_heads = 4"),
+    "ffn": ({"megatron": {TENSOR: 3}}, 3, TENSOR, "intermediate_size = 512"),
+    "layers": ({"megatron": {PIPELINE: 4}}, 4, PIPELINE, "num_hidden_layers = 6"),
+    "ranks": ({"megatron": {TENSOR: 2, PIPELINE: 2}}, 6, TENSOR, r"2 \* 2 = 4 ranks .* 6 ranks"),
+    "group": ({"rollout": {"group_size": 1}}, None, "rollout.group_size", "found 1, wanted 2"),
+    "policy batch": (
+        {"policy": {"mini_batch_size": 48}},
+        None,
+        "policy.mini_batch_size",
+        "found 48, wanted a divisor of .* = 128",
+    ),
+    "prm batch": (
+        {"prm": {"mini_batch_size": 96}},
+        None,
+        "prm.mini_batch_size",
+        "found 96, wanted a divisor of .* = 128",
+    ),
+    "replicas": (
+        {"prm": {"mini_batch_size": 4}},
+        8,
+        "prm.mini_batch_size",
+        "found 4, wanted a multiple of the 8 data-parallel replicas",
+    ),
+    "window": (
+        {"filter": {"min_accuracy": 0.9}},
+        None,
+        "filter.min_accuracy",
+        "0.9, above filter.max_accuracy = 0.8",
+    ),
+    "too long": (
+        {"data": {"max_prompt_length": 57}, "policy": {"micro_batch_tokens": 257}},
+        None,
+        "data.max_prompt_length, rollout.max_response_length",
+        "57 \\+ 200 = 257 tokens, more than max_position_embeddings = 256",
+    ),
+    "micro-batch": (
+        {"policy": {"micro_batch_tokens": 255}},
+        None,
+        "policy.micro_batch_tokens",
+        "found 255, wanted 256 or more",
+    ),
+    "sequence parallel": (
+        {
+            "data": {"max_prompt_length": 55},
+            "prm": {"micro_batch_tokens": 255},
+            "megatron": {TENSOR: 4, "sequence_parallel": True},
+        },
+        None,
+        "prm.micro_batch_tokens",
+        "found 255, wanted 256 or more",
+    ),
+    "context": (
+        {"megatron": {"context_parallel_size": 2}},
+        None,
+        "megatron.context_parallel_size",
+        "found 2, not supported \\(.*whole sequences",
+    ),
+    "virtual": (
+        {"megatron": {"virtual_pipeline_model_parallel_size": 2}},
+        None,
+        "megatron.virtual_pipeline_model_parallel_size",
+        "found 2, not supported",
+    ),
+    "experts": (
+        {"megatron": {"expert_model_parallel_size": 2}},
+        None,
+        "megatron.expert_model_parallel_size",
+        "found 2, not supported \\(only dense",
+    ),
+    "size": ({"megatron": {TENSOR: "two"}}, 4, f"megatron.{TENSOR}", "found 'two', wanted a whole"),
+    "zero": ({"megatron": {PIPELINE: 0}}, 4, f"megatron.{PIPELINE}", "found 0, wanted a whole"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "knob", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE
+)
+def test_each_impossible_combination_names_its_knob(config, changes, world_size, knob, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        check(config(**changes), "train", world_size)
+    lines = [line for line in str(raised.value).splitlines() if knob in line.partition(": ")[0]]
+    assert lines, f"no line names {knob}"
+
+
+@pytest.mark.parametrize("missing", ["model.hf", "data.train", "data.eval", "prm.hf"])
+def test_missing_files(config, tmp_path, missing):
+    section, key = missing.split(".")
+    (found,) = problems(config(**{section: {key: tmp_path / "nowhere"}}))
+    assert found.startswith(f"{missing}: no ")
+    assert str(tmp_path / "nowhere") in found
+
+
+def test_the_prm_must_be_cut_like_the_policy(config, tmp_path):
+    (tmp_path / "prm" / "config.json").write_text(json.dumps(QWEN | {"num_key_value_heads": 1}))
+    cut = {"prm": {"hf": tmp_path / "prm"}, "megatron": {TENSOR: 2}}
+    (found,) = problems(config(**cut))
+    assert found.endswith("num_key_value_heads = 1 of prm.hf")
+
+
+def test_an_outcome_only_run_needs_nothing_of_the_prm(config, tmp_path):
+    broken = {"mini_batch_size": 7, "micro_batch_tokens": 1, "hf": tmp_path / "nowhere"}
+    assert len(problems(config(prm=broken))) == 3
+    assert problems(config(prm=broken, advantage={"process_weight": 0.0})) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "gpt2"}', r"found model_type 'gpt2' .*supported: qwen2"),
+        ('{"model_type": "qwen2", "num_hidden_layers": 6}', "lacks num_attention_heads, num_key"),
+        ("<html>", "is not JSON"),
+    ],
+)
+def test_unusable_config_json(config, tmp_path, text, message):
+    (tmp_path / "model" / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check(config(), "train", None)
+
+
+def test_a_file_is_no_checkpoint_directory(config, tmp_path):
+    (found,) = problems(config(model={"hf": tmp_path / "train.jsonl"}))
+    assert found.startswith("model.hf: no ")
+
+
+def test_all_problems_are_reported_at_once(config, tmp_path):
+    found = problems(
+        config(
+            megatron={TENSOR: 8, PIPELINE: 4},
+            data={"train": tmp_path / "nowhere", "max_prompt_length": 100},
+            rollout={"group_size": 1, "prompts_per_step": 100},
+            filter={"min_accuracy": 0.5, "max_accuracy": 0.4},
+        ),
+        world_size=12,
+    )
+    knobs = [line.partition(":")[0] for line in found]
+    assert knobs == [
+        f"megatron.{TENSOR}, megatron.{PIPELINE}",
+        f"megatron.{TENSOR}",  # attention heads
+        f"megatron.{TENSOR}",  # key/value heads
+        f"megatron.{PIPELINE}",
+        "data.max_prompt_length, rollout.max_response_length",
+        "data.train",
+        "rollout.group_size",
+        "filter.min_accuracy",
+        "policy.mini_batch_size",
+        "policy.micro_batch_tokens",
+        "prm.mini_batch_size",
+        "prm.micro_batch_tokens",
+    ]
+
+
+def test_fine_tuning_is_checked_by_its_own_table(config):
+    wrong = {"sft": {"max_length": 300, "mini_batch_size": 6, "micro_batch_tokens": 299}}
+    assert problems(config(**wrong), "train", 4) == []
+    found = problems(config(**wrong), "sft", 4)
+    assert [line.partition(":")[0] for line in found] == [
+        "sft.max_length",
+        "sft.mini_batch_size",
+        "sft.micro_batch_tokens",
+    ]
+    (found,) = problems(config(sft={"data": None}), "sft")
+    assert found.startswith("sft.data: missing")
+
+
+def test_evaluation_needs_problems(config):
+    (found,) = problems(config(data={"eval": None}), "evaluate")
+    assert found.startswith("data.eval: missing")
+    assert problems(config(data={"eval": None}), "train") == []
+
+
+def test_supported_models_are_those_with_a_map_of_names():
+    assert MODEL_TYPES == FAMILIES
