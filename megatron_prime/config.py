@@ -1,10 +1,12 @@
-"""Every knob of a run, typed, each with a sentence; read from TOML and `--section.key=value` overrides.
+"""Every knob of a run, typed, each with a sentence; from TOML and `--section.key=value` overrides.
 
-One knob has one owner: it is declared here and nowhere else. Unknown keys and wrong types are errors, all reported
-at once. The module imports neither torch nor Megatron, so that a config can be checked on a login node in a moment;
-`validate.py` adds the checks that need two knobs or the model's own config.json.
+One knob has one owner: it is declared here and nowhere else. Unknown keys and wrong types are
+errors, all reported at once. The module imports neither torch nor Megatron, so that a config can be
+checked on a login node in a moment; `validate.py` adds the checks that need two knobs or the
+model's own config.json.
 
-Upstream options are not mirrored: what stands in `[megatron]` goes untouched to Megatron's `TransformerConfig`.
+Upstream options are not mirrored: what stands in `[megatron]` goes untouched to Megatron's
+`TransformerConfig`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ FilePath = Annotated[Path, Field(strict=False)]
 
 
 class ConfigError(ValueError):
-    """A configuration that can't run; the message lists every problem with the knob that mends it."""
+    """A configuration that can't run; the message lists every problem with its knob."""
 
 
 class Section(BaseModel):
-    """Base of all tables: frozen, no unknown keys, no silent conversions, attribute docstrings become help."""
+    """Base of all tables: frozen, strict, no unknown keys; attribute docstrings become help."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
@@ -37,26 +39,30 @@ class Section(BaseModel):
 
 
 class AdvantageOptions(Section):
-    """How token advantages are made from process and outcome rewards (`algorithm/advantage.py` has the formulae)."""
+    """Token advantages from process and outcome rewards; formulae in `algorithm/advantage.py`."""
 
     estimator: Literal["rloo"] = "rloo"
     """Baseline of the advantage: `rloo`, leave-one-out within the group."""
     process_baseline: Literal["released", "paper"] = "released"
-    """Leave-one-out of process rewards: `released` (as in the authors' code, K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean rewards)."""
+    """Leave-one-out of process rewards: `released` (as in the authors' code,
+    K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean
+    rewards)."""
     process_norm: Literal["batch_norm", "none"] = "batch_norm"
-    """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch; `none` leaves them."""
+    """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch;
+    `none` leaves them."""
     whiten: bool = True
-    """Subtract the mean and divide by the standard deviation of all response tokens of the batch."""
+    """Subtract the mean, divide by the standard deviation, of all response tokens of the batch."""
     gamma: Fraction = 1.0
     """Discount of future process rewards; the outcome reward is never discounted."""
     process_weight: NonNegativeFloat = 1.0
-    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is loaded."""
+    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is
+    loaded."""
     outcome_weight: NonNegativeFloat = 1.0
     """Weight of the outcome advantage."""
 
     @classmethod
     def preset(cls, name: Literal["released", "paper"]) -> Self:
-        """The options of the authors' code (`released`) or of the paper's printed formulae (`paper`)."""
+        """The options of the authors' code (`released`) or of the paper's formulae (`paper`)."""
         return cls(**ADVANTAGE_PRESETS[name])
 
 
@@ -70,9 +76,11 @@ class PolicyLossOptions(Section):
     """The clipped surrogate of `algorithm/policy_loss.py`."""
 
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further out."""
+    """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further
+    out."""
     aggregation: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
-    """Mean over responses of each response's token mean (the released run), or one mean over all tokens."""
+    """Mean over responses of each response's token mean (the released run), or one mean over all
+    tokens."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus (released run: 0)."""
 
@@ -81,7 +89,8 @@ class RunSection(Section):
     """What the run is called and how long it lasts."""
 
     folder: FilePath
-    """Everything the run writes: checkpoints, metrics, TensorBoard logs, curves, resolved config."""
+    """Everything the run writes: checkpoints, metrics, TensorBoard logs, curves, resolved
+    config."""
     seed: NonNegative = 0
     """Seeds data order, sampling and initialisation."""
     steps: Positive = 100
@@ -96,7 +105,8 @@ class ModelSection(Section):
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of the model's weights and activations; the optimizer's master weights are fp32 in any case."""
+    """Type of the model's weights and activations; the optimizer's master weights are fp32 in any
+    case."""
 
 
 class DataSection(Section):
@@ -107,7 +117,8 @@ class DataSection(Section):
     eval: FilePath | None = None
     """Held-out prompts for `evaluate` and for evaluation during training; none skips it."""
     template: Literal["plain", "prime"] = "prime"
-    """`prime`: the paper's action-centric system prompt and the suffix of the ability; `plain`: the messages as they are."""
+    """`prime`: the paper's action-centric system prompt and the suffix of the ability; `plain`: the
+    messages as they are."""
     max_prompt_length: Positive = 1024
     """Prompts of more tokens are counted and dropped."""
 
@@ -202,9 +213,11 @@ class PrmSection(BatchSection):
     beta: PositiveFloat = 0.05
     """Scale of the implicit reward beta * log(prm / ref)."""
     forward: Literal["single", "single_strict", "double"] = "single"
-    """Where rewards come from: `single`, the training forwards (released run); `single_strict`, one pass before the update; `double`, one pass after it."""
+    """Where rewards come from: `single`, the training forwards (released run); `single_strict`, one
+    pass before the update; `double`, one pass after it."""
     measure_after: bool = True
-    """Log the pair accuracy after the update too; costs one more forward pass unless `forward = "double"`."""
+    """Log the pair accuracy after the update too; costs one more forward pass unless
+    `forward = "double"`."""
 
 
 class SftSection(BatchSection):
@@ -232,7 +245,8 @@ class EvaluateSection(Section):
     """Greedy accuracy on `data.eval`."""
 
     every: NonNegative = 16
-    """Steps between evaluations during training; 0 evaluates only before the first and after the last step."""
+    """Steps between evaluations during training; 0 evaluates only before the first and after the
+    last step."""
     max_prompts: NonNegative = 0
     """Evaluate on the first this many prompts; 0 takes all."""
 
@@ -264,7 +278,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     megatron: dict[str, Any] = {}
-    """Options of Megatron's TransformerConfig, passed through untouched (tensor_model_parallel_size, recompute_granularity …)."""
+    """Options of Megatron's TransformerConfig (tensor_model_parallel_size …), passed untouched."""
 
     @model_validator(mode="before")
     @classmethod
@@ -293,8 +307,8 @@ class RunConfig(Section):
 def load(path: Path, overrides: list[str]) -> RunConfig:
     """Read `path`, apply `--section.key=value` overrides and check every key and type.
 
-    Relative paths stay relative to the working directory. Values of overrides are TOML values; a bare word is a string.
-    Raises ConfigError with all problems at once.
+    Relative paths stay relative to the working directory. Values of overrides are TOML values; a
+    bare word is a string. Raises ConfigError with all problems at once.
     """
     try:
         data = tomllib.loads(path.read_text())
@@ -368,4 +382,6 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_toml(item) for item in value)}]"
-    return str(value) if isinstance(value, (int, float)) else json.dumps(str(value))
+    if isinstance(value, (int, float)):
+        return str(value)
+    return json.dumps(str(value), ensure_ascii=False)  # TOML has no surrogate pairs

@@ -1,7 +1,8 @@
-"""The roles the loop talks to. `models/ rollout/ verify/ data/ runtime/` implement them; tests fake them.
+"""The roles the loop talks to.
 
-Every rank runs the same loop. What a role returns to it is the same on every rank, except where a comment says
-"this rank's": those values go through `Ranks.gather` before anything is decided from them.
+`models/ rollout/ verify/ data/ runtime/` implement them; tests fake them. Every rank runs the same
+loop. What a role returns to it is the same on every rank, except where a comment says "this
+rank's": those values go through `Ranks.gather` before anything is decided from them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What flows through one PRIME step; each stage returns a new frozen type, so mypy checks their order.
+"""What flows through one PRIME step; each stage returns a new frozen type: mypy checks their order.
 
-Shapes: N rollouts of the step (rows of one group are contiguous, N = prompts * group_size), T the longest response.
-Column t of row i is the t-th response token of rollout i, its end-of-sequence token included; what lies beyond
-`response_mask` means nothing.
+Shapes: N rollouts of the step (rows of one group are contiguous, N = prompts * group_size), T the
+longest response. Column t of row i is the t-th response token of rollout i, its end-of-sequence
+token included; what lies beyond `response_mask` means nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response; `response_ids` ends with the end-of-sequence token unless it was cut."""
+    """One sampled response; `response_ids` ends with the end-of-sequence token unless cut."""
 
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[
@@ -75,11 +75,15 @@ class VerifiedGroup:
 
     @property
     def policy_version(self) -> int:
-        """The version all rollouts were sampled with; ValueError if they differ, for leave-one-out needs one policy."""
+        """The version all rollouts were sampled with.
+
+        ValueError if they differ, for leave-one-out needs one policy.
+        """
         versions = {rollout.policy_version for rollout in self.rollouts}
         if len(versions) != 1:
             raise ValueError(
-                f"prompt {self.prompt.prompt_id}: rollouts of policy versions {sorted(versions)} in one group"
+                f"prompt {self.prompt.prompt_id}: rollouts of policy versions {sorted(versions)} "
+                "in one group"
             )
         return versions.pop()
 
@@ -152,7 +156,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True, slots=True)
 class PrmUpdate:
-    """What a PRM update leaves: the log-probs of its training forwards (each row seen once), and figures."""
+    """What a PRM update leaves: log-probs of its training forwards (each row once), and figures."""
 
     forward_logprobs: Tensor  # float32 [N, T]
     metrics: Metrics
