@@ -25,7 +25,6 @@ from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.protocols import Roles
-from megatron_prime.report.curves import draw_curves
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize, rendezvous_from
 from megatron_prime.runtime.provenance import write_provenance
@@ -89,6 +88,8 @@ def train(config: RunConfig, environ: Mapping[str, str]) -> None:
         exported = config.run.folder / "hf"
         export_hf(policy.engine.module, policy.engine.shape, config.model.hf, exported)
         if ranks.rank == 0:
+            from megatron_prime.report.curves import draw_curves  # only here: matplotlib is slow
+
             curves = config.run.folder / "curves.png"
             draw_curves(config.run.folder / "metrics.jsonl", curves, str(config.run.folder))
             recorder.summary(curves, exported)
@@ -100,11 +101,9 @@ def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
-        shape = ModelShape.read(config.model.hf)
-        random_init = config.sft.init == "random"
-        precision, options = config.model.precision, config.megatron
-        model = build_model(shape, precision, options, random_init=random_init)
-        if not random_init:
+        shape = ModelShape.from_hf(config.model.hf, config.tp)
+        model = build_model(shape, config.model.precision, config.megatron)
+        if config.sft.init == "pretrained":
             load_hf(model, config.model.hf, shape)
         engine = TrainableEngine(model, shape, config.sft, 1.0, config.sft.steps)
         with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
@@ -162,7 +161,7 @@ def frozen(config: RunConfig, hf: Path) -> Engine:
 
 def loaded(config: RunConfig, hf: Path) -> tuple[Any, ModelShape]:
     """This rank's shard of the model in `hf`."""
-    shape = ModelShape.read(hf)
+    shape = ModelShape.from_hf(hf, config.tp)
     model = build_model(shape, config.model.precision, config.megatron)
     load_hf(model, hf, shape)
     return model, shape

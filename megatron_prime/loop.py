@@ -27,7 +27,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
     """Train from `state` (a fresh one, or a checkpoint's) to `config.run.steps`."""
     sync_weights(roles)
     if state.step == 0:
-        roles.recorder.log(0, evaluate(config, roles))
+        roles.recorder.log(0, evaluate(config, roles) | roles.gpus.take_seconds())
     for step in range(state.step + 1, config.run.steps + 1):
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
         scored = score(roles, t.RolloutBatch.from_groups(groups))
