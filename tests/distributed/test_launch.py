@@ -30,4 +30,12 @@ def test_hanging_ranks_are_killed(tmp_path: Path) -> None:
         run_ranks(script, 2, [tmp_path], timeout_s=25)
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
     assert len(pids) == 2
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(runs(pid) for pid in pids)
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and not merely waiting for init to collect it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
