@@ -12,7 +12,6 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,11 +69,14 @@ class VerifierPool:
                     future.cancel()  # without effect on what is done
 
     def close(self) -> None:
-        """End all workers, in the middle of a check if need be. May be called again."""
+        """End all workers, in the middle of a check if need be. May be called again.
+
+        A `verify` in another thread raises CancelledError.
+        """
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.kill()
-        self._threads.shutdown()  # only now does nobody wait on the workers' pipes
+            worker.kill()  # the checks that run are over
+        self._threads.shutdown()  # nobody waits on a pipe or starts a process any more
         for worker in self._workers:
             worker.stop()
 
@@ -131,24 +133,19 @@ class _Worker:
         self._command = list(command)
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
-        self._closed = False
-        self._lock = threading.Lock()  # no process may start behind the back of `kill`
 
     def start(self) -> None:
-        """Start a process without waiting until it is ready; does nothing after `kill`."""
-        with self._lock:
-            if self._closed:
-                return
-            self._ready = False
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                cwd=Path(megatron_prime.__file__).parents[1],  # where `-m` finds the package
-            )
-            assert self._process.stdin is not None, "it was started with a pipe"
-            os.set_blocking(self._process.stdin.fileno(), False)
+        """Start a process without waiting until it is ready."""
+        self._ready = False
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=Path(megatron_prime.__file__).parents[1],  # where `-m` finds the package
+        )
+        assert self._process.stdin is not None, "it was started with a pipe"
+        os.set_blocking(self._process.stdin.fileno(), False)
 
     def run(self, check: Check, timeout_s: float) -> float | None:
         """The reward of `check`; None, and a new process, if this one hangs, dies or babbles.
@@ -167,11 +164,9 @@ class _Worker:
         return result.reward
 
     def kill(self) -> None:
-        """Kill the process and start no more; whoever waits for an answer gets EOFError."""
-        with self._lock:
-            self._closed = True
-            if self._process is not None:
-                self._process.kill()
+        """Kill the process; a thread that waits for its answer sees the end of it."""
+        if self._process is not None:
+            self._process.kill()
 
     def stop(self) -> None:
         """Kill the process, reap it and close its pipes."""

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_order_of_groups_and_rollouts_is_kept(fake_worker):
 
 @pytest.mark.parametrize("failure", ["hang", "crash", "babble", "mix", "raise"])
 def test_a_failing_check_scores_0_is_counted_and_costs_no_other(fake_worker, failure):
-    with VerifierPool(1, 0.5, fake_worker()) as pool:
+    with VerifierPool(1, 1.0, fake_worker()) as pool:
         (first,) = pool.verify([group("say yes", failure, "say yes", f"{failure} yes", "say yes")])
         (second,) = pool.verify([group("say yes")])
     assert first.outcome_rewards == (1.0, 0.0, 1.0, 0.0, 1.0)
@@ -117,7 +118,7 @@ def test_a_hanging_check_is_killed_at_its_time_and_its_worker_replaced(fake_work
 
 
 def test_a_worker_that_reads_no_more_than_a_pipe_holds_is_killed_too(fake_worker):
-    with VerifierPool(1, 0.5, fake_worker()) as pool:
+    with VerifierPool(1, 1.0, fake_worker()) as pool:
         deaf, long = "deaf", "say " + "x" * 1_000_000
         (verified,) = pool.verify([group(deaf, long, long[:-1], truth=long[4:-1])])
     assert verified.outcome_rewards == (1.0, 0.0, 1.0)
@@ -125,7 +126,7 @@ def test_a_worker_that_reads_no_more_than_a_pipe_holds_is_killed_too(fake_worker
 
 
 def test_the_time_of_starting_does_not_count(fake_worker):
-    with VerifierPool(1, 0.5, fake_worker(1.5)) as pool:
+    with VerifierPool(1, 1.0, fake_worker(1.5)) as pool:
         (verified,) = pool.verify([group("crash", "say yes")])
     assert verified.outcome_rewards == (0.0, 1.0)
     assert verified.checker_failures == 1
@@ -214,6 +215,18 @@ def test_close_ends_everything_in_the_middle_of_checks(fake_worker):
     assert children() == before
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_close_from_another_thread_ends_verify(fake_worker):
+    before = children()
+    pool = VerifierPool(2, 600.0, fake_worker())
+    closing = threading.Timer(0.3, pool.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        pool.verify([group(*["hang"] * 10)])
+    closing.join(timeout=10)
+    assert not closing.is_alive()
+    assert children() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers end with their stdin")
