@@ -4,16 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = "0.1.0"
-for line in Path(__file__).with_name("megatron_prime").joinpath("__init__.py").read_text().splitlines():
-    if line.startswith("__version__"):
-        VERSION = line.split('"')[1]
+HERE = Path(__file__).parent
+VERSION = (HERE / "megatron_prime" / "__init__.py").read_text().split('__version__ = "')[1]
 
 setup(
     name="megatron_prime",
-    version=VERSION,
-    description="PRIME (process reinforcement through implicit rewards) for large models on Megatron-core",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    version=VERSION.partition('"')[0],
+    description="PRIME: reinforcement learning with implicit process rewards, on Megatron-core",
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_prime*"]),

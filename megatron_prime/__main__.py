@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
+    from megatron_prime.runtime.compat import before_megatron_import
+
+    before_megatron_import()
     from megatron_prime import build
 
     getattr(build, command)(config, os.environ)

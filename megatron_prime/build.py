@@ -115,8 +115,9 @@ def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
 
 
 def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
-    """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in the run folder."""
-    with session(config, environ) as ranks, ExitStack() as stack:
+    """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
+    folder = config.run.folder / "evaluation"
+    with session(config, environ, folder) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
@@ -124,7 +125,7 @@ def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
         engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
         groups = evaluation.answer(config, engine, verifier, ranks, prompts)
         if ranks.rank == 0:
-            records = config.run.folder / "evaluation.jsonl"
+            records = folder / "answers.jsonl"
             records.write_text("".join(json.dumps(record(group)) + "\n" for group in groups))
             found = figures.of_evaluation(groups)
             print(f"{config.model.hf}: {found['evaluate/accuracy']:.1%} of {len(groups)} problems")
@@ -132,14 +133,16 @@ def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def session(config: RunConfig, environ: Mapping[str, str]) -> Iterator[WorldRanks]:
-    """The process groups of a run, and its provenance in the run folder."""
+def session(
+    config: RunConfig, environ: Mapping[str, str], folder: Path | None = None
+) -> Iterator[WorldRanks]:
+    """The process groups of a run, and its provenance in `folder` (the run's, unless given)."""
     run = config.run
     initialize(rendezvous_from(environ), config.tp, config.pp, run.seed, run.timeout_s)
     try:
         ranks = WorldRanks()
         if ranks.rank == 0:
-            write_provenance(config.run.folder, config, ranks.world_size)
+            write_provenance(folder or run.folder, config, ranks.world_size)
         yield ranks
     finally:
         destroy()

@@ -41,11 +41,11 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config.advantage.gamma)
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
+        metrics |= figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
+        roles.recorder.log(step, metrics)  # before saving: a resumed run lacks no step's line
         if due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
-        metrics |= figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
-        roles.recorder.log(step, metrics)
 
 
 def collect(

@@ -98,8 +98,27 @@ class PromptStream:
         self._start_epoch(0)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts: first those put back, then the epoch's and the next epochs'."""
-        return [self._put_back.popleft() if self._put_back else self._next() for _ in range(count)]
+        """The next `count` prompts: first those put back, then the epoch's and the next epochs'.
+
+        They all differ, for two equal prompts would be answered alike: one that comes up again
+        (where an epoch begins, or after `put_back`) waits for the next take. Raises DataError if
+        there are fewer than `count` prompts.
+        """
+        if count > len(self._prompts):
+            raise DataError(
+                f"found {len(self._prompts)} prompts, wanted {count} different ones for a round;"
+                " lower rollout.prompts_per_round (or rollout.prompts_per_step), or bring more data"
+            )
+        taken: dict[int, Prompt] = {}
+        again: list[Prompt] = []
+        while len(taken) < count:
+            prompt = self._put_back.popleft() if self._put_back else self._next()
+            if prompt.prompt_id in taken:
+                again.append(prompt)
+            else:
+                taken[prompt.prompt_id] = prompt
+        self.put_back(again)
+        return list(taken.values())
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Let `prompts` come first in the next `take`, in this order."""

@@ -66,9 +66,9 @@ def cut(
     """This data-parallel rank's micro-batches of `rows`: equally many and about equally large on
     all ranks, and at least one per pipeline stage where there are rows enough."""
     lengths = [len(sequences[row].token_ids) for row in rows]
-    longest_padded = max_tokens - max_tokens % multiple
+    padded = [length + -length % multiple for length in lengths]
     enough = min(pipeline_stages, len(rows) // dp_size)
-    plan = plan_micro_batches(lengths, dp_size, longest_padded, min_micro_batches=enough)
+    plan = plan_micro_batches(padded, dp_size, max_tokens, min_micro_batches=enough)
     return [
         make_micro_batch(sequences, [rows[i] for i in micro_batch], multiple, device)
         for micro_batch in plan[dp_rank]

@@ -11,11 +11,13 @@ https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,18 +28,28 @@ CHECKED_MEGATRON = ("0.16.1",)
 CPU = torch.device("cpu")
 
 
-def silence_known_warnings() -> None:
-    """Hide Megatron-core's warnings that tell nobody anything; call it before importing it.
+def before_megatron_import() -> None:
+    """What has to happen before the first `import megatron.core`: quiet its fallbacks, check apex.
 
-    Without Apex and Transformer Engine it says that a plain torch function takes the place of a
-    fused kernel, as it should on a CPU; and it finds fault with a default value of its own.
+    Raises RuntimeError if the package called apex is not NVIDIA's.
     """
-    for message in (
+    for message in (  # a plain torch function takes the place of a fused kernel, as it should
         "Transformer Engine and Apex are not installed",  # optimizer/*.py, megatron_fsdp
         "Apex is not installed. Falling back to Torch Norm",  # models/backends.py:21
-        "full scope is deprecated. Use empty cuda_graph_scope",  # transformer_config.py:1705
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    # "Implicit initialization of Rerun State Machine!" (rerun_state_machine.py:238,1362): unused.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    check_apex(find_spec("apex") is not None, find_spec("amp_C") is not None)
+
+
+def check_apex(found: bool, has_kernels: bool) -> None:
+    """RuntimeError for a package `apex` without NVIDIA's compiled `amp_C`, such as PyPI's."""
+    if found and not has_kernels:
+        raise RuntimeError(
+            "found a package apex without NVIDIA's kernels (amp_C): the apex on PyPI is something "
+            "else; pip uninstall apex, and build NVIDIA's from its source if you want it"
+        )
 
 
 def install_cpu_shim() -> None:
@@ -49,7 +61,7 @@ def install_cpu_shim() -> None:
     if torch.cuda.is_available() or torch.cuda.synchronize is _nothing:
         return
     check_megatron_version(metadata.version("megatron-core"))
-    silence_known_warnings()
+    before_megatron_import()
     import megatron.core.tensor_parallel.random as megatron_random
 
     # The device: models/common/embeddings/rotary_pos_embedding.py:162,

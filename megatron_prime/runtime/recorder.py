@@ -125,7 +125,11 @@ class Outputs:
         self.display.say(step_line(step, self._total_steps, metrics, left))
 
     def summary(self, curves: Path, exported: Path) -> None:
-        """Where everything lies, a line each."""
+        """Accuracy before and after, and where everything lies: a line each."""
+        held_out = series(self._metrics, "evaluate/accuracy")
+        if held_out:
+            before, after = held_out[0], held_out[-1]
+            self.display.say(f"accuracy {before:.1%} before, {after:.1%} after (held out, greedy)")
         self.display.say(f"figures  {self._metrics}")
         self.display.say(f"curves   {curves}")
         self.display.say(f"model    {exported}")
@@ -136,6 +140,12 @@ class Outputs:
         self.display.close()
         self._tensorboard.close()
         self._lines.close()
+
+
+def series(path: Path, name: str) -> list[float]:
+    """All values of one figure in a metrics.jsonl, in order of the steps that have it."""
+    steps = (json.loads(line) for line in path.read_text().splitlines())
+    return [step[name] for step in steps if step.get(name) is not None]
 
 
 def continue_metrics(path: Path, resume_step: int) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_prime.config import ConfigError
-from megatron_prime.runtime.compat import silence_known_warnings
+from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.weights.shape import ModelShape
 
-silence_known_warnings()
+before_megatron_import()
 architecture = pytest.importorskip("megatron_prime.models.architecture")
 from megatron_prime.models.torch_spec import TorchAttention  # noqa: E402
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megatron_prime.runtime.compat import (
+    before_megatron_import,
+    check_apex,
     check_megatron_version,
     install_cpu_shim,
     megatron_calls,
-    silence_known_warnings,
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for CPUs")
@@ -60,7 +61,14 @@ def test_random_state_is_the_cpus() -> None:
 def test_only_the_known_warnings_are_silent() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        silence_known_warnings()
+        before_megatron_import()
         warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
         warnings.warn("something else about Apex", stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["something else about Apex"]
+
+
+def test_an_apex_without_nvidias_kernels_is_refused() -> None:
+    check_apex(found=False, has_kernels=False)
+    check_apex(found=True, has_kernels=True)
+    with pytest.raises(RuntimeError, match="the apex on PyPI is something else; pip uninstall"):
+        check_apex(found=True, has_kernels=False)

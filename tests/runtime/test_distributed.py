@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_prime.config import ConfigError
-from megatron_prime.runtime.compat import silence_known_warnings
+from megatron_prime.runtime.compat import before_megatron_import
 
-silence_known_warnings()
+before_megatron_import()
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.distributed import Rendezvous, rendezvous_from  # noqa: E402
 
