@@ -1,0 +1,240 @@
+"""Updates of policy and PRM in every layout against plain transformers, torch AdamW and formulae.
+
+The reference below shares no code with the package: one process, one row at a time, the losses
+written out. What the four ranks do is in training_cases.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from launch import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+LAYOUTS = ["tp1-pp1", "tp2-pp1", "tp1-pp2", "tp2-pp2"]
+MODELS = list(tiny_models.CONFIGS)
+ROWS, GROUP, UPDATES = 24, 4, 2
+
+
+def make_job() -> dict[str, Any]:
+    """Ragged rollouts with outcomes and advantages, and the knobs of both updates."""
+    generator = torch.Generator().manual_seed(7)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    sequences = []
+    for _ in range(ROWS):
+        prompt, response = integer(1, 6), integer(1, 9)
+        ids = torch.randint(0, 61, (prompt + response,), generator=generator)
+        sequences.append((ids.tolist(), prompt))
+    width = max(len(ids) - prompt for ids, prompt in sequences)
+    # An epsilon far above the gradients' noise, or Adam would turn rounding into whole steps.
+    common = {"eps": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1, "warmup_steps": 2}
+    return {
+        "sequences": sequences,
+        "group_size": GROUP,
+        "outcomes": torch.rand(ROWS, generator=generator).round(decimals=1),
+        "advantages": torch.randn(ROWS, width, generator=generator),
+        "temperature": 1.3,
+        "seed": 3,
+        "policy": {
+            **common,
+            "lr": 2e-2,
+            "clip_grad": 0.3,
+            "mini_batch_size": 12,
+            "micro_batch_tokens": 40,
+            "loss": {"clip": 0.05, "entropy_coefficient": 0.1, "aggregation": "token_mean"},
+        },
+        "prm": {
+            **common,
+            "lr": 1e-2,
+            "clip_grad": 10.0,
+            "mini_batch_size": 8,
+            "micro_batch_tokens": 33,
+            "beta": 0.7,
+        },
+    }
+
+
+class Reference:
+    """One model trained in the most ordinary way."""
+
+    def __init__(self, hf_dir: Path, knobs: dict[str, Any], temperature: float) -> None:
+        from transformers import Qwen2ForCausalLM
+
+        self.model = Qwen2ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        self.knobs, self.temperature, self.steps = knobs, temperature, 0
+        parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            betas=knobs["betas"],
+            eps=knobs["eps"],
+            weight_decay=knobs["weight_decay"],
+        )
+
+    def forward(self, ids: list[int], prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of one response's tokens."""
+        logits = self.model(torch.tensor([ids])).logits[0, prompt - 1 : -1] / self.temperature
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, torch.tensor(ids[prompt:])[:, None])[:, 0], entropy
+
+    def begin_update(self) -> None:
+        self.steps += 1
+        rate = self.knobs["lr"] * min(1.0, self.steps / self.knobs["warmup_steps"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, loss: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.knobs["clip_grad"])
+        self.optimizer.step()
+        return float(norm)
+
+
+def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
+    sequences, outcomes = job["sequences"], job["outcomes"].tolist()
+    frozen = Reference(hf_dir, job["prm"], 1.0)
+    with torch.no_grad():
+        ref = [frozen.forward(*row)[0] for row in sequences]
+
+    prm, beta = Reference(hf_dir, job["prm"], 1.0), job["prm"]["beta"]
+    prm_losses, prm_forward = [], []
+    for _ in range(UPDATES):
+        prm.begin_update()
+        seen = []
+        for start in range(0, ROWS, job["prm"]["mini_batch_size"]):
+            rows = range(start, start + job["prm"]["mini_batch_size"])
+            total = torch.zeros(())
+            for row in rows:
+                logprobs, _ = prm.forward(*sequences[row])
+                seen.append(logprobs.detach())
+                chance = torch.sigmoid(beta * (logprobs - ref[row]).sum())
+                y = outcomes[row]
+                total = total - (y * chance.log() + (1 - y) * (1 - chance).log()) / len(rows)
+            prm_losses.append((float(total.detach()), prm.step(total)))
+        prm_forward.append(seen)
+
+    policy, knobs = Reference(hf_dir, job["policy"], job["temperature"]), job["policy"]["loss"]
+    with torch.no_grad():
+        old = [policy.forward(*row)[0] for row in sequences]
+    policy_losses = []
+    for update in range(UPDATES):
+        policy.begin_update()
+        generator = torch.Generator().manual_seed(job["seed"] * 1_000_003 + update)
+        order = torch.randperm(ROWS, generator=generator).tolist()
+        for start in range(0, ROWS, job["policy"]["mini_batch_size"]):
+            rows = order[start : start + job["policy"]["mini_batch_size"]]
+            terms = []
+            for row in rows:
+                logprobs, entropy = policy.forward(*sequences[row])
+                ratio = (logprobs - old[row]).exp()
+                advantage = job["advantages"][row, : len(ratio)]
+                low, high = 1 - knobs["clip"], 1 + knobs["clip"]
+                surrogate = torch.minimum(advantage * ratio, advantage * ratio.clamp(low, high))
+                terms.append(-surrogate - knobs["entropy_coefficient"] * entropy)
+            loss = torch.cat(terms).mean()
+            policy_losses.append((float(loss.detach()), policy.step(loss)))
+    return {
+        "ref_logprobs": ref,
+        "old_logprobs": old,
+        "prm_forward": prm_forward,
+        "prm_losses": prm_losses,
+        "policy_losses": policy_losses,
+        "prm": prm.model.state_dict(),
+        "policy": policy.model.state_dict(),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("training")
+    tiny_models.make(path)
+    torch.save(make_job(), path / "job.pt")
+    run_ranks(Path(__file__).with_name("training_cases.py"), 4, [path], timeout_s=400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def truths(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: expected(folder / name, make_job()) for name in MODELS}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def found(folder: Path, name: str, layout: str) -> dict[str, Any]:
+    return torch.load(folder / f"{name}-{layout}.pt", weights_only=False)
+
+
+def assert_rows(found: torch.Tensor, truth: list[torch.Tensor]) -> None:
+    for row, expected_row in zip(found, truth, strict=True):
+        torch.testing.assert_close(row[: len(expected_row)], expected_row, atol=1e-5, rtol=0)
+        assert not row[len(expected_row) :].any(), "padding must be 0"
+
+
+def test_scores(found: dict[str, Any], truths: dict[str, Any], name: str) -> None:
+    assert_rows(found["ref_logprobs"], truths[name]["ref_logprobs"])
+    assert_rows(found["old_logprobs"], truths[name]["old_logprobs"])
+
+
+@pytest.mark.parametrize("role", ["policy", "prm"])
+def test_weights_after_two_updates(
+    role: str, found: dict[str, Any], truths: dict[str, Any], name: str, folder: Path
+) -> None:
+    truth = truths[name][role]
+    for tensor, value in found[role].items():
+        torch.testing.assert_close(value, truth[tensor], atol=2e-5, rtol=0, msg=tensor)
+    start = tiny_models_weights(folder / name)
+    moved = max(float((found[role][n] - start[n]).abs().max()) for n in found[role])
+    assert moved > 1e-3, "the comparison above means nothing if nothing was learnt"
+
+
+def test_prm_rewards_come_from_its_training_forwards(
+    found: dict[str, Any], truths: dict[str, Any], name: str
+) -> None:
+    for forward, truth in zip(found["prm_forward"], truths[name]["prm_forward"], strict=True):
+        assert_rows(forward, truth)
+
+
+@pytest.mark.parametrize("role", ["policy", "prm"])
+def test_losses_and_gradient_norms(
+    role: str, found: dict[str, Any], truths: dict[str, Any], name: str
+) -> None:
+    steps = truths[name][f"{role}_losses"]
+    per_update = len(steps) // UPDATES
+    for update, metrics in enumerate(found[f"{role}_metrics"]):
+        part = steps[update * per_update : (update + 1) * per_update]
+        loss, norm = (sum(values) / per_update for values in zip(*part, strict=True))
+        assert math.isclose(metrics[f"{role}/loss"], loss, abs_tol=1e-5)
+        assert math.isclose(metrics[f"{role}/grad_norm"], norm, rel_tol=1e-4)
+
+
+def test_versions_count_updates_and_masters_are_fp32(found: dict[str, Any]) -> None:
+    assert found["version"] == UPDATES
+    assert found["masters"] == {torch.float32}
+
+
+def tiny_models_weights(hf_dir: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(hf_dir / "model.safetensors")

@@ -1,0 +1,102 @@
+"""What the four ranks of test_training.py do: train tiny models in every layout, save the weights.
+
+`python -m torch.distributed.run --nproc-per-node=4 training_cases.py FOLDER`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_prime.runtime.compat import before_megatron_import
+
+before_megatron_import()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_prime.config import PolicySection, PrmSection  # noqa: E402
+from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
+from megatron_prime.models.engine import Engine, TrainableEngine  # noqa: E402
+from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
+from megatron_prime.models.prm import MegatronPrm  # noqa: E402
+from megatron_prime.models.reference import MegatronReference  # noqa: E402
+from megatron_prime.runtime import distributed  # noqa: E402
+from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch  # noqa: E402
+from megatron_prime.weights.load import load_hf  # noqa: E402
+from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tp, pp); the other ranks are data-parallel
+TIMEOUT_S = 120
+UPDATES = 2
+
+
+def main(folder: Path) -> None:
+    distributed.initialize(distributed.rendezvous_from(os.environ), *LAYOUTS[0], 1, TIMEOUT_S)
+    job = torch.load(folder / "job.pt", weights_only=False)
+    for tp, pp in LAYOUTS:
+        parallel_state.destroy_model_parallel()
+        distributed.initialize_model_parallel(tp, pp, 1, TIMEOUT_S)
+        for name in ("tied", "untied"):
+            result = train(folder / name, job, tp, pp)
+            if dist.get_rank() == 0:
+                torch.save(result, folder / f"{name}-tp{tp}-pp{pp}.pt")
+            dist.barrier()
+    distributed.destroy()
+
+
+def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]:
+    """Two PRM and two policy updates on the same rollouts; weights, figures and log-probs."""
+    shape = ModelShape.from_hf(hf_dir, tp)
+    options = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+
+    def model(precision: Any = "fp32") -> Any:
+        built = build_model(shape, precision, options)
+        load_hf(built, hf_dir, shape)
+        return built
+
+    policy_knobs = PolicySection.model_validate(job["policy"])
+    prm_knobs = PrmSection.model_validate(job["prm"])
+    policy = MegatronPolicy(
+        TrainableEngine(model(), shape, policy_knobs, job["temperature"], UPDATES),
+        policy_knobs,
+        seed=job["seed"],
+    )
+    prm = MegatronPrm(TrainableEngine(model(), shape, prm_knobs, 1.0, UPDATES), prm_knobs)
+    reference = MegatronReference(Engine(model(), shape, prm_knobs.micro_batch_tokens, 1.0))
+
+    rollouts = rollout_batch(job)
+    ref = reference.logprobs(rollouts)
+    scored = ScoredBatch(rollouts, policy.logprobs(rollouts), ref)
+    updates = [prm.update(scored) for _ in range(UPDATES)]
+    batch = TrainBatch(scored, None, job["advantages"])
+    metrics = [policy.update(batch) for _ in range(UPDATES)]
+    weights = dict(gather_hf_tensors(policy.engine.module, shape))
+    halves = TrainableEngine(model("bf16"), shape, policy_knobs, 1.0, UPDATES).optimizer
+    return {
+        "policy": weights,
+        "prm": dict(gather_hf_tensors(prm.engine.module, shape)),
+        "ref_logprobs": ref,
+        "old_logprobs": scored.old_logprobs,
+        "prm_forward": [update.forward_logprobs for update in updates],
+        "prm_metrics": [update.metrics for update in updates],
+        "policy_metrics": metrics,
+        "version": policy.version,
+        "masters": {p.dtype for group in halves.param_groups for p in group["params"]},
+    }
+
+
+def rollout_batch(job: dict[str, Any]) -> RolloutBatch:
+    sequences = tuple(TokenSequence(tuple(ids), prompt) for ids, prompt in job["sequences"])
+    lengths = torch.tensor([sequence.response_length for sequence in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    zeros = torch.zeros(mask.shape)
+    return RolloutBatch(sequences, job["group_size"], mask, job["outcomes"], zeros)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
