@@ -7,7 +7,8 @@
 #   bash tests/run.sh -- ARGS    pytest with ARGS
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/venv.sh dev
+source tools/venv.sh
+use_venv dev
 
 select=(-m "not slow")
 case "${1:-}" in

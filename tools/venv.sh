@@ -1,7 +1,8 @@
-# Sourced by run scripts: makes .venv with the package and the extras it is given, or reuses it.
+# Sourced by run scripts; use_venv makes .venv with the package, or reuses it, and puts it on PATH.
 #
-#   source tools/venv.sh          # the plain CPU install
-#   source tools/venv.sh dev      # with an extra of setup.py
+#   source tools/venv.sh
+#   use_venv          # the plain CPU install
+#   use_venv dev      # with an extra of setup.py
 #
 # PYTHON chooses the interpreter (3.11 or 3.12), TORCH the torch to install first (torch==2.13.0).
 set -euo pipefail
@@ -47,5 +48,7 @@ make_venv() {
   echo "$wanted" >"$stamp"
 }
 
-make_venv "${1:-}"
-export PATH=$VENV/bin:$PATH OMP_NUM_THREADS=1
+use_venv() {
+  make_venv "${1:-}"
+  export PATH=$VENV/bin:$PATH OMP_NUM_THREADS=1
+}

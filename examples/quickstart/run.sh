@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source tools/venv.sh
+use_venv
 
 seed=0 out=runs/quickstart knobs=()
 while [ $# -gt 0 ]; do
