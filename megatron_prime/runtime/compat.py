@@ -31,13 +31,21 @@ CPU = torch.device("cpu")
 def before_megatron_import() -> None:
     """What has to happen before the first `import megatron.core`: quiet its fallbacks, check apex.
 
+    Only warnings that ask for nothing are hidden: plain torch functions in place of fused kernels,
+    Megatron's old names for torch functions, a fault it finds with a default value of its own.
     Raises RuntimeError if the package called apex is not NVIDIA's.
     """
-    for message in (  # a plain torch function takes the place of a fused kernel, as it should
+    messages = [
         "Transformer Engine and Apex are not installed",  # optimizer/*.py, megatron_fsdp
         "Apex is not installed. Falling back to Torch Norm",  # models/backends.py:21
-    ):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        "full scope is deprecated. Use empty cuda_graph_scope",  # transformer_config.py:1705
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",  # tensor_parallel/mappings.py
+        "`torch.distributed.all_gather_into_tensor` is deprecated",  # tensor_parallel/mappings.py
+    ]
+    if not torch.cuda.is_available():  # advice about CUDA's streams
+        messages.append("When using async grad allreduce it is recommended")  # layers.py:738
+    for message in messages:
+        warnings.filterwarnings("ignore", message=message)
     # "Implicit initialization of Rerun State Machine!" (rerun_state_machine.py:238,1362): unused.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     check_apex(find_spec("apex") is not None, find_spec("amp_C") is not None)
