@@ -22,9 +22,12 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a configuration that can't run."""
+    """Run one command; exit code 0: done, 1: the run stopped, 2: a bad configuration."""
     command, path, overrides = _parse(arguments)
     from megatron_prime.config import ConfigError, describe, load
+    from megatron_prime.errors import RunError
+
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
     try:
         config = load(path, overrides)
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         check(config, command, world_size(os.environ))
     except ConfigError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if rank == "0":
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
     from megatron_prime.runtime.compat import before_megatron_import
@@ -43,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     before_megatron_import()
     from megatron_prime import build
 
-    getattr(build, command)(config, os.environ)
+    try:
+        getattr(build, command)(config, os.environ)
+    except RunError as error:
+        print(f"[rank {rank}] {error}", file=sys.stderr)
+        return 1
     return 0
 
 

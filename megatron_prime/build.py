@@ -6,18 +6,21 @@ Only this file knows every package. A role is chosen here, by name, and nowhere 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
 from megatron_prime.config import BatchSection, RunConfig
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream, load_prompts
+from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.models.architecture import ModelShape, build_model
 from megatron_prime.models.engine import Engine, TrainableEngine
@@ -32,6 +35,7 @@ from megatron_prime.runtime.recorder import RunRecorder
 from megatron_prime.runtime.scheduler import ResidentScheduler
 from megatron_prime.types import LoopState, Prompt, VerifiedGroup
 from megatron_prime.verify.pool import VerifierPool
+from megatron_prime.verify.worker import SUPPORTED_ABILITIES
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
 from megatron_prime.weights.load import load_hf
@@ -42,9 +46,7 @@ def train(config: RunConfig, environ: Mapping[str, str]) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with session(config, environ) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
-        data = config.data
-        prompts = load_prompts(data.train, tokenizer, data.template, data.max_prompt_length)
-        stream = PromptStream(prompts.prompts, config.run.seed)
+        stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         policy = MegatronPolicy(
             trained(config, config.model.hf, config.policy, config.rollout.temperature),
             config.policy,
@@ -101,6 +103,8 @@ def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
+        kept, dropped = len(conversations.examples), conversations.dropped_long
+        report_dropped(config.sft.data, kept, dropped, "sft.max_length")
         shape = ModelShape.from_hf(config.model.hf, config.tp)
         model = build_model(shape, config.model.precision, config.megatron)
         if config.sft.init == "pretrained":
@@ -185,11 +189,29 @@ def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalE
 
 def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
     """The held-out prompts, as many as `evaluate.max_prompts` says."""
-    data = config.data
-    if data.eval is None:
+    if config.data.eval is None:
         return ()
-    prompts = load_prompts(data.eval, tokenizer, data.template, data.max_prompt_length).prompts
-    return prompts[: config.evaluate.max_prompts or None]
+    return prompts_of(config, config.data.eval, tokenizer)[: config.evaluate.max_prompts or None]
+
+
+def prompts_of(config: RunConfig, path: Path, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The prompts of a file, which all must have a checker; says how many were too long."""
+    data = config.data
+    found = load_prompts(path, tokenizer, data.template, data.max_prompt_length)
+    unchecked = Counter(p.ability for p in found.prompts if p.ability not in SUPPORTED_ABILITIES)
+    if unchecked:
+        raise DataError(
+            f"{path}: found {dict(unchecked)} prompts without a verifier, wanted only "
+            f"{', '.join(SUPPORTED_ABILITIES)}; leave the others out of the file"
+        )
+    report_dropped(path, len(found.prompts), found.dropped_long, "data.max_prompt_length")
+    return found.prompts
+
+
+def report_dropped(path: Path, kept: int, dropped: int, knob: str) -> None:
+    """Say on rank 0 that rows were left out for their length."""
+    if dropped and dist.get_rank() == 0:
+        print(f"{path}: {kept} rows, {dropped} more dropped as longer than {knob}", flush=True)
 
 
 def record(group: VerifiedGroup) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_prime.errors import RunError
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -26,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[Path, Field(strict=False)]
 
 
-class ConfigError(ValueError):
+class ConfigError(RunError, ValueError):
     """A configuration that can't run; the message lists every problem with its knob."""
 
 

@@ -15,11 +15,12 @@ from megatron_prime.algorithm.advantage import prime_advantages
 from megatron_prime.algorithm.filtering import within_accuracy_window
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
+from megatron_prime.errors import RunError
 from megatron_prime.evaluation import evaluate
 from megatron_prime.protocols import Phase, Roles
 
 
-class BatchNotFilled(RuntimeError):
+class BatchNotFilled(RunError):
     """Too few prompts passed the accuracy window within `rollout.max_rounds` rounds."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_prime.data.rows import Row, RowError, field, one_of
+from megatron_prime.errors import RunError
 
 Template = Literal["plain", "prime"]
 
@@ -58,7 +59,7 @@ SUFFIXES = {"math": MATH_SUFFIX, "code": CODE_SUFFIX}
 ROLES = ("system", "user", "assistant")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(RunError, ValueError):
     """A tokenizer that can't serve a chat run."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_prime.errors import RunError
+
 SHOWN_PROBLEMS = 20
 
 Row = dict[str, Any]
@@ -19,7 +21,7 @@ Parsed = TypeVar("Parsed")
 Field = TypeVar("Field", str, list[Any], dict[str, Any])
 
 
-class DataError(ValueError):
+class DataError(RunError, ValueError):
     """A data file that can't be used; the message lists what is wrong with it, and where."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_prime.errors import RunError
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.console import TimeLeft, open_display, step_line
 from megatron_prime.types import Metrics
@@ -21,7 +22,7 @@ from megatron_prime.types import Metrics
 STAGES = ("rollout", "verify", "filter", "prm", "policy", "time", "memory", "evaluate", "sft")
 
 
-class MetricsError(ValueError):
+class MetricsError(RunError, ValueError):
     """Figures that can't be recorded, or a metrics.jsonl that can't be continued."""
 
 

@@ -26,6 +26,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import TypeAdapter
 
+from megatron_prime.errors import RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import LoopState
@@ -34,7 +35,7 @@ _LOOP_STATE = TypeAdapter(LoopState)
 _STEP = re.compile(r"step_(\d{6,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that can't be read; the message names the file and what to do."""
 
 

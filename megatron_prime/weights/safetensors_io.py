@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_prime.errors import RunError
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 
 
-class WeightsError(ValueError):
+class WeightsError(RunError, ValueError):
     """A checkpoint whose tensors are not those of the model; the message names file and tensor."""
 
 

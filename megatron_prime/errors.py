@@ -1,0 +1,8 @@
+"""The root of all errors that a user can mend."""
+
+
+class RunError(Exception):
+    """Bad input or a run that can't go on: the command prints the message, not a traceback.
+
+    The message says what was found, what was wanted, and the knob or command that mends it.
+    """
