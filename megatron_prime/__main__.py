@@ -26,37 +26,33 @@ def main(arguments: list[str] | None = None) -> int:
     command, path, overrides = _parse(arguments)
     from megatron_prime.config import ConfigError, describe, load
     from megatron_prime.errors import RunError
+    from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from
 
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-
+    here = Rendezvous()
     try:
+        here = rendezvous_from(os.environ)
         config = load(path, overrides)
         if command == "config":
             print(describe(config))
             return 0
         from megatron_prime.validate import check
 
-        check(config, command, world_size(os.environ))
+        check(config, command, here.world_size)
     except ConfigError as error:
-        if rank == "0":
+        if here.rank == 0:
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
-    from megatron_prime.runtime.compat import before_megatron_import
-
-    before_megatron_import()
-    from megatron_prime import build
-
     try:
-        getattr(build, command)(config, os.environ)
+        from megatron_prime.runtime.compat import before_megatron_import
+
+        before_megatron_import()
+        from megatron_prime import build
+
+        getattr(build, command)(config, here)
     except RunError as error:
-        print(f"[rank {rank}] {error}", file=sys.stderr)
+        print(f"[rank {here.rank}] {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def world_size(environ: os._Environ[str]) -> int:
-    """Ranks of this run, from torchrun's or Slurm's variables; 1 without either."""
-    return int(environ.get("WORLD_SIZE") or environ.get("SLURM_NTASKS") or 1)
 
 
 def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str]]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_prime import evaluation, figures, loop
@@ -29,9 +28,10 @@ from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.protocols import Roles
 from megatron_prime.rollout.local_engine import LocalEngine
-from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize, rendezvous_from
+from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
 from megatron_prime.runtime.provenance import write_provenance
 from megatron_prime.runtime.recorder import RunRecorder
+from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.scheduler import ResidentScheduler
 from megatron_prime.types import LoopState, Prompt, VerifiedGroup
 from megatron_prime.verify.pool import VerifierPool
@@ -42,9 +42,9 @@ from megatron_prime.weights.load import load_hf
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 
-def train(config: RunConfig, environ: Mapping[str, str]) -> None:
+def train(config: RunConfig, here: Rendezvous) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
-    with session(config, environ) as ranks, ExitStack() as stack:
+    with session(config, here) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         policy = MegatronPolicy(
@@ -97,9 +97,9 @@ def train(config: RunConfig, environ: Mapping[str, str]) -> None:
             recorder.summary(curves, exported)
 
 
-def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
+def sft(config: RunConfig, here: Rendezvous) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with session(config, environ) as ranks:
+    with session(config, here) as ranks:
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
@@ -118,10 +118,10 @@ def sft(config: RunConfig, environ: Mapping[str, str]) -> None:
             print(f"fine-tuned model: {output}")
 
 
-def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
+def evaluate(config: RunConfig, here: Rendezvous) -> None:
     """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
     folder = config.run.folder / "evaluation"
-    with session(config, environ, folder) as ranks, ExitStack() as stack:
+    with session(config, here, folder) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
@@ -138,11 +138,11 @@ def evaluate(config: RunConfig, environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def session(
-    config: RunConfig, environ: Mapping[str, str], folder: Path | None = None
+    config: RunConfig, here: Rendezvous, folder: Path | None = None
 ) -> Iterator[WorldRanks]:
     """The process groups of a run, and its provenance in `folder` (the run's, unless given)."""
     run = config.run
-    initialize(rendezvous_from(environ), config.tp, config.pp, run.seed, run.timeout_s)
+    initialize(here, config.tp, config.pp, run.seed, run.timeout_s)
     try:
         ranks = WorldRanks()
         if ranks.rank == 0:
@@ -183,7 +183,7 @@ def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalE
         config.model.precision,
         config.rollout.batch_size,
         tokenizer,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        ranks.device,
     )
 
 

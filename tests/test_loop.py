@@ -231,3 +231,12 @@ def test_mixed_versions_in_one_group_are_refused() -> None:
 def test_the_loop_stays_readable() -> None:
     lines = Path("megatron_prime/loop.py").read_text().count("\n")
     assert lines <= 150, "the loop is the story of the algorithm on two screens"
+
+
+def test_the_loop_in_the_readme_is_the_loop() -> None:
+    snippet = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = [line.strip() for line in snippet.splitlines() if not line.startswith("#")]
+    loop = "\n".join(
+        line.strip() for line in Path("megatron_prime/loop.py").read_text().split("\n")
+    )
+    assert "\n".join(lines) in loop

@@ -24,6 +24,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_prime.errors import RunError
+
+
+class UnsupportedPackage(RunError, RuntimeError):
+    """An installed package that megatron_prime can't work with."""
+
+
 CHECKED_MEGATRON = ("0.16.1",)
 CPU = torch.device("cpu")
 
@@ -33,7 +40,7 @@ def before_megatron_import() -> None:
 
     Only warnings that ask for nothing are hidden: plain torch functions in place of fused kernels,
     Megatron's old names for torch functions, a fault it finds with a default value of its own.
-    Raises RuntimeError if the package called apex is not NVIDIA's.
+    Raises UnsupportedPackage if the package called apex is not NVIDIA's.
     """
     messages = [
         "Transformer Engine and Apex are not installed",  # optimizer/*.py, megatron_fsdp
@@ -52,9 +59,9 @@ def before_megatron_import() -> None:
 
 
 def check_apex(found: bool, has_kernels: bool) -> None:
-    """RuntimeError for a package `apex` without NVIDIA's compiled `amp_C`, such as PyPI's."""
+    """UnsupportedPackage for a package `apex` without NVIDIA's compiled `amp_C`, such as PyPI's."""
     if found and not has_kernels:
-        raise RuntimeError(
+        raise UnsupportedPackage(
             "found a package apex without NVIDIA's kernels (amp_C): the apex on PyPI is something "
             "else; pip uninstall apex, and build NVIDIA's from its source if you want it"
         )
@@ -63,8 +70,8 @@ def check_apex(found: bool, has_kernels: bool) -> None:
 def install_cpu_shim() -> None:
     """Let Megatron-core find a CPU where it asks for the current CUDA device.
 
-    Does nothing where CUDA is present, and nothing the second time. Raises RuntimeError when the
-    installed Megatron-core is not one that the shim was checked with.
+    Does nothing where CUDA is present, and nothing the second time. Raises UnsupportedPackage
+    if the installed Megatron-core is not one that the shim was checked with.
     """
     if torch.cuda.is_available() or torch.cuda.synchronize is _nothing:
         return
@@ -88,9 +95,9 @@ def install_cpu_shim() -> None:
 
 
 def check_megatron_version(found: str) -> None:
-    """RuntimeError unless the CPU shim was checked with this version of Megatron-core."""
+    """UnsupportedPackage unless the CPU shim was checked with this version of Megatron-core."""
     if found not in CHECKED_MEGATRON:
-        raise RuntimeError(
+        raise UnsupportedPackage(
             f"found megatron-core {found}; without CUDA megatron_prime runs with "
             f"{', '.join(CHECKED_MEGATRON)} only: pip install megatron-core=={CHECKED_MEGATRON[-1]}"
         )

@@ -9,7 +9,7 @@ from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
 from megatron_prime.runtime import distributed  # noqa: E402
-from megatron_prime.runtime.distributed import Rendezvous, rendezvous_from  # noqa: E402
+from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from  # noqa: E402
 
 TORCHRUN = {
     "RANK": "3",
