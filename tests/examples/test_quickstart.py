@@ -28,7 +28,8 @@ def test_quickstart_learns(seed: int, tmp_path: Path) -> None:
     seconds = time.monotonic() - started
     text = (tmp_path / "output.txt").read_text()
     assert run.returncode == 0, text
-    steps = [json.loads(x) for x in (tmp_path / "prime/metrics.jsonl").read_text().splitlines()]
+    metrics = (tmp_path / "prime/metrics.jsonl").read_text()
+    steps = [json.loads(line) for line in metrics.splitlines()]
     accuracy = [step["evaluate/accuracy"] for step in steps if "evaluate/accuracy" in step]
     print(
         f"seed {seed}: {accuracy[0]:.3f} → {accuracy[-1]:.3f}, {seconds:.0f} s, {peak / 2**30:.1f} GiB"
