@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         getattr(build, command)(config, here)
     except RunError as error:
         print(f"[rank {here.rank}] {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

@@ -21,7 +21,7 @@ from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
-from megatron_prime.models.architecture import ModelShape, build_model
+from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
 from megatron_prime.models.engine import Engine, TrainableEngine
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import MegatronPrm
@@ -44,7 +44,7 @@ from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 def train(config: RunConfig, here: Rendezvous) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
-    with session(config, here) as ranks, ExitStack() as stack:
+    with training_session(config, here) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         policy = MegatronPolicy(
@@ -60,9 +60,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
             )
             reference = MegatronReference(frozen(config, config.model.hf))
             engines["prm"] = prm.engine
-        checkpoints = RunCheckpoints(
-            config.run.folder / "checkpoints", engines, policy, stream, config.checkpoint.keep
-        )
+        checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
         recorder = stack.enter_context(
             RunRecorder(config.run.folder, config.run.steps, ranks.rank, resume_step=state.step)
@@ -99,7 +97,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
 
 def sft(config: RunConfig, here: Rendezvous) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with session(config, here) as ranks:
+    with training_session(config, here) as ranks:
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
@@ -121,7 +119,7 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
 def evaluate(config: RunConfig, here: Rendezvous) -> None:
     """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
     folder = config.run.folder / "evaluation"
-    with session(config, here, folder) as ranks, ExitStack() as stack:
+    with session(config, here, folder, tp=1, pp=1) as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
@@ -138,18 +136,26 @@ def evaluate(config: RunConfig, here: Rendezvous) -> None:
 
 @contextmanager
 def session(
-    config: RunConfig, here: Rendezvous, folder: Path | None = None
+    config: RunConfig, here: Rendezvous, folder: Path, tp: int, pp: int
 ) -> Iterator[WorldRanks]:
-    """The process groups of a run, and its provenance in `folder` (the run's, unless given)."""
-    run = config.run
-    initialize(here, config.tp, config.pp, run.seed, run.timeout_s)
+    """The process groups of a run, and its provenance in `folder`."""
+    initialize(here, tp, pp, config.run.seed, config.run.timeout_s)
     try:
-        ranks = WorldRanks()
+        ranks = WorldRanks(config.run.timeout_s)
         if ranks.rank == 0:
-            write_provenance(folder or run.folder, config, ranks.world_size)
+            write_provenance(folder, config, ranks.world_size)
         yield ranks
     finally:
         destroy()
+
+
+@contextmanager
+def training_session(config: RunConfig, here: Rendezvous) -> Iterator[WorldRanks]:
+    """A session with Megatron models, whose options are checked before any group starts."""
+    shape = ModelShape.from_hf(config.model.hf, config.tp)
+    transformer_config(shape, config.model.precision, config.megatron)
+    with session(config, here, config.run.folder, config.tp, config.pp) as ranks:
+        yield ranks
 
 
 def trained(

@@ -25,6 +25,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[Path, Field(strict=False)]
 
 
@@ -169,7 +170,7 @@ class OptimizerSection(Section):
 
     lr: PositiveFloat
     """Peak learning rate."""
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""

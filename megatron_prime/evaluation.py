@@ -19,7 +19,7 @@ def answer(
 ) -> list[VerifiedGroup]:
     """The most likely answer to each prompt, verified; the same list on every rank."""
     greedy = Sampling(1, 0.0, config.rollout.max_response_length, seed=0)
-    return ranks.gather(verifier.verify(engine.generate(prompts, greedy)))
+    return ranks.gather(verifier.verify(engine.generate(prompts, greedy)), prompts)
 
 
 def evaluate(config: RunConfig, roles: Roles) -> Metrics:

@@ -72,7 +72,8 @@ def _owner(return_name: str) -> str:
 
 def of_evaluation(groups: Sequence[VerifiedGroup]) -> Metrics:
     """Greedy answers to the held-out prompts, one each."""
-    return _responses("evaluate", groups)
+    failures = sum(group.checker_failures for group in groups)
+    return _responses("evaluate", groups) | {"evaluate/failures": failures}
 
 
 def _responses(prefix: str, groups: Sequence[VerifiedGroup]) -> Metrics:

@@ -63,7 +63,7 @@ def collect(
                 knobs.group_size, knobs.temperature, knobs.max_response_length, stream
             )
             rollouts = roles.engine.generate(prompts, sampling)
-            verified = roles.ranks.gather(roles.verifier.verify(rollouts))
+            verified = roles.ranks.gather(roles.verifier.verify(rollouts), prompts)
             rewards = t.outcome_rewards(verified)
             passed = within_accuracy_window(rewards, knobs.group_size, low, high)
             seen += verified

@@ -68,9 +68,9 @@ class Verifier(Protocol):
 class Ranks(Protocol):
     """The one collective the loop needs."""
 
-    def gather(
-        self, groups: Sequence[VerifiedGroup]
-    ) -> list[VerifiedGroup]: ...  # all ranks' groups, in order of prompt_id
+    def gather(  # all ranks' groups, in the order of `prompts`
+        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+    ) -> list[VerifiedGroup]: ...
 
 
 class ScoringModel(Protocol):

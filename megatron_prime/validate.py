@@ -32,10 +32,13 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
     `world_size` is the number of ranks; None if it is not known yet. Raises ConfigError with all
     problems, a line each.
     """
-    find = {"train": _of_training, "sft": _of_fine_tuning, "evaluate": _of_evaluation}[command]
-    parallel = [*_unsupported(config), *_sizes(config)]
-    # Without usable sizes nothing can be divided by them.
-    problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
+    if command == "evaluate":  # builds no Megatron model: `[megatron]` does not matter
+        problems = list(_of_evaluation(config))
+    else:
+        find = {"train": _of_training, "sft": _of_fine_tuning}[command]
+        parallel = [*_unsupported(config), *_sizes(config)]
+        # Without usable sizes nothing can be divided by them.
+        problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -56,8 +59,15 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"filter.min_accuracy: found {window.min_accuracy}, above filter.max_accuracy = "
             f"{window.max_accuracy}: no prompt could pass; lower it"
         )
+    if not (config.advantage.process_weight or config.advantage.outcome_weight):
+        yield (
+            "advantage.process_weight, advantage.outcome_weight: found 0 for both, wanted one "
+            "above 0: all advantages would be 0"
+        )
+    yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
     yield from _batches(config, "policy", config.policy, world_size)
     if config.uses_prm:
+        yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
             yield from _model(config, "prm.hf", config.prm.hf, _longest(config))
@@ -70,12 +80,14 @@ def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield "sft.data: missing; set it to a chat jsonl, in the TOML file or with --sft.data=…"
     else:
         yield from _file("sft.data", sft.data)
+    yield from _schedule("sft", sft, sft.steps, "sft.steps")
     yield from _shares("sft", sft, config, world_size)
     yield from _micro_batch("sft", sft, config, {"sft.max_length": sft.max_length})
 
 
-def _of_evaluation(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    yield from _model(config, "model.hf", config.model.hf, _longest(config))
+def _of_evaluation(config: RunConfig) -> Iterator[str]:
+    whole = config.model_copy(update={"megatron": {}})
+    yield from _model(whole, "model.hf", config.model.hf, _longest(config))
     if config.data.eval is None:
         yield "data.eval: missing; set it to the problems to evaluate on"
     else:
@@ -160,6 +172,14 @@ def _sum(lengths: dict[str, int]) -> str:
 def _file(knob: str, path: Path) -> Iterator[str]:
     if not path.is_file():
         yield f"{knob}: no file {path}; relative paths start at the working directory"
+
+
+def _schedule(table: str, knobs: BatchSection, steps: int, length: str) -> Iterator[str]:
+    if knobs.schedule == "cosine" and knobs.warmup_steps >= steps:
+        yield (
+            f"{table}.warmup_steps: found {knobs.warmup_steps}, wanted fewer than {length} = "
+            f"{steps}: nothing would be left for the cosine"
+        )
 
 
 def _batches(

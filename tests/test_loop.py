@@ -59,7 +59,10 @@ class Fake:
             verified.append(VerifiedGroup(group.prompt, group.rollouts, rewards, 0))
         return verified
 
-    def gather(self, groups: Sequence[VerifiedGroup]) -> list[VerifiedGroup]:
+    def gather(
+        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+    ) -> list[VerifiedGroup]:
+        assert [g.prompt for g in groups] == list(prompts)
         return list(groups)
 
     # Scheduler, Recorder, Checkpoints

@@ -8,9 +8,10 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
+TORCH=${TORCH:-torch==2.13.0}
 
 find_python() {
-  for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
+  for candidate in "${PYTHON:-python3}" python3.12 python3.11; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return
@@ -20,32 +21,40 @@ find_python() {
   return 1
 }
 
-# pip knows where this machine keeps its wheels; uv has to be told.
-pip_setting() { "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null || true; }
+# pip knows where this machine keeps its wheels; uv has to be told, with commas between places.
+pip_setting() { "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null | tr -s ' \n' ',' || true; }
+
+uv_install() {
+  local links=${PIP_FIND_LINKS:-$(pip_setting find-links)} index=${PIP_INDEX_URL:-$(pip_setting index-url)}
+  links=${links//[[:space:]]/,} index=${index%,}
+  local backend=()
+  # Without an NVIDIA driver take the CPU build of torch, unless the machine brings wheels of its own.
+  if [ -z "$links" ] && ! command -v nvidia-smi >/dev/null; then backend=(--torch-backend cpu); fi
+  UV_FIND_LINKS=${links%,} UV_DEFAULT_INDEX=$index UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy \
+    "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" ${backend[@]+"${backend[@]}"} "$@"
+}
 
 install() {
   if "$VENV/bin/python" -m uv --version >/dev/null 2>&1; then
-    local links=${PIP_FIND_LINKS:-$(pip_setting find-links)} index=${PIP_INDEX_URL:-$(pip_setting index-url)}
-    UV_FIND_LINKS=${links// /,} UV_DEFAULT_INDEX=$index UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy \
-      "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" "$@"
-  else
-    "$VENV/bin/python" -m pip install --quiet "$@"
+    uv_install "$@" && return
+    echo "uv could not install $*; trying pip" >&2
   fi
+  "$VENV/bin/python" -m pip install --quiet "$@"
 }
 
 make_venv() {
-  local extra=$1 stamp=$VENV/.installed${1:+-$1} wanted
-  wanted=$(cat "$ROOT/setup.py"; echo "${TORCH:-torch==2.13.0}")
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    return
-  fi
+  local extra=$1 wanted stamp
+  wanted=$(cat "$ROOT/setup.py"; echo "$TORCH")
+  for stamp in "$extra" ${extra:-dev}; do # dev has all that the plain install has
+    if [ "$(cat "$VENV/.installed-$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
+  done
   echo "setting up $VENV (once) …" >&2
-  [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$(find_python)" -m venv --clear "$VENV"
   "$VENV/bin/python" -m pip install --quiet uv 2>/dev/null || echo "no uv here; pip takes longer" >&2
-  # Torch by itself first: asked for together with others, a CUDA build of gigabytes may win.
-  install "${TORCH:-torch==2.13.0}"
+  # Torch by itself first: asked for by other packages, a newer build may win.
+  install "$TORCH"
   install --editable "$ROOT${extra:+[$extra]}"
-  echo "$wanted" >"$stamp"
+  echo "$wanted" >"$VENV/.installed-$extra"
 }
 
 use_venv() {

@@ -3,21 +3,29 @@
 #
 #   bash examples/quickstart/run.sh [--seed N] [--out DIR] [--section.key=value …]
 #
-# Knobs go to the PRIME stage. The same command again continues an interrupted run.
+# Knobs go to the PRIME stage. The same command again continues an interrupted run; another seed or
+# other knobs want another --out. DIR is relative to the root of the repository.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-source tools/venv.sh
-use_venv
 
-seed=0 out=runs/quickstart knobs=()
+usage() { sed -n '2,7s/^# \{0,1\}//p' examples/quickstart/run.sh; }
+seed=0 out='' knobs=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --seed) seed=$2; shift 2 ;;
-    --out) out=$2; shift 2 ;;
+    --seed) seed=${2:?--seed wants a number}; shift 2 ;;
+    --out) out=${2:?--out wants a folder}; shift 2 ;;
     --*.*=*) knobs+=("$1"); shift ;;
-    *) echo "found $1, wanted --seed N, --out DIR or --section.key=value" >&2; exit 2 ;;
+    --help | -h) usage; exit ;;
+    *) echo "found $1" >&2; usage >&2; exit 2 ;;
   esac
 done
+if [ -z "$out" ]; then
+  out=runs/quickstart
+  if [ "$seed" != 0 ]; then out=runs/quickstart-seed$seed; fi
+fi
+
+source tools/venv.sh
+use_venv
 # Ranks of one machine talk over loopback.
 if [ -e /sys/class/net/lo ]; then export GLOO_SOCKET_IFNAME=lo; fi
 ranks() { torchrun --standalone --nproc-per-node "$@"; }
@@ -31,7 +39,7 @@ if [ ! -e "$out/sft/hf/config.json" ]; then
     --sft.data="$out/data/sft.jsonl" --sft.output="$out/sft/hf"
 fi
 ranks 4 -m megatron_prime train examples/quickstart/prime.toml --run.seed="$seed" \
-  --run.folder="$out/prime" --model.hf="$out/sft/hf" \
-  --data.train="$out/data/train.jsonl" --data.eval="$out/data/test.jsonl" "${knobs[@]}"
+  --run.folder="$out/prime" --model.hf="$out/sft/hf" --data.train="$out/data/train.jsonl" \
+  --data.eval="$out/data/test.jsonl" ${knobs[@]+"${knobs[@]}"}
 echo
 echo "ask it:   .venv/bin/python examples/quickstart/ask.py $out/prime/hf '8+7+6+5+9='"

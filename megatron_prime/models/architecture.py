@@ -93,9 +93,12 @@ def transformer_config(
     cpu = {} if torch.cuda.is_available() else CPU_OPTIONS
     options = {"deallocate_pipeline_outputs": True, **megatron, **owned, **FIXED, **cpu}
     try:
-        return TransformerConfig(**options)
+        config = TransformerConfig(**options)
     except (AssertionError, TypeError, ValueError) as error:  # its own checks of combinations
         raise ConfigError(f"[megatron]: Megatron refuses these options: {error}") from error
+    overlaps = config.overlap_p2p_comm and config.deallocate_pipeline_outputs
+    assert not (cpu and overlaps), "over gloo these two give wrong losses in silence"
+    return config
 
 
 def _shape_options(shape: ModelShape, precision: Precision) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prime.config import BatchSection
+from megatron_prime.errors import RunError
 from megatron_prime.models.architecture import ModelShape
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
 from megatron_prime.models.micro_batch import MicroBatch, cut
@@ -48,6 +49,14 @@ class Forward:
     entropy: Tensor  # float32 [b, T], of the distribution that predicted the token
     loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
 
+
+class NotFinite(RunError):
+    """A loss or gradient is NaN or infinite."""
+
+
+# The distributed optimizer's default format can't be saved by this version's dist_checkpointing
+# (mapping.py:133 refuses flattened ranges); this one can, and loads in any layout.
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mini-batch loss
 
@@ -181,12 +190,11 @@ class TrainableEngine(Engine):
     ) -> None:
         super().__init__(model, shape, knobs.micro_batch_tokens, temperature)
         on_gpu = self.device.type == "cuda"
-        # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0001).
+        # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0003).
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=on_gpu,
             overlap_grad_reduce=on_gpu,
-            check_for_nan_in_grad=True,
         )
         with megatron_calls():
             self.model = DistributedDataParallel(model.config, ddp, model)
@@ -200,7 +208,8 @@ class TrainableEngine(Engine):
             max_lr=knobs.lr,
             min_lr=0.0,
             lr_warmup_steps=knobs.warmup_steps,
-            lr_decay_steps=total_steps + 1,  # so that the last step still has a rate above 0
+            # One more than the run, so that the last step still has a rate above 0.
+            lr_decay_steps=max(total_steps, knobs.warmup_steps) + 1,
             lr_decay_style=knobs.schedule,
             start_wd=knobs.weight_decay,
             end_wd=knobs.weight_decay,
@@ -218,26 +227,37 @@ class TrainableEngine(Engine):
     ) -> StepResult:
         """One optimizer step on `rows`.
 
-        Raises FloatingPointError before any weight changes when the loss is not finite.
+        Raises NotFinite on every rank, before any weight changes, when the loss or a gradient is
+        not finite on any.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._schedule(sequences, rows, loss)
         logprobs, entropy, value = self._assemble(outputs, sequences)
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss of a mini-batch of {len(rows)} rollouts is {value}; wanted a finite "
-                "number. Lower the learning rate, or look at the data of this step"
+        if not (math.isfinite(value) and self._gradients_are_finite()):
+            raise NotFinite(
+                f"a mini-batch of {len(rows)} rollouts gave a loss of {value} and gradients that "
+                "are not all finite; no weight was changed. Lower the learning rate (lr), or look "
+                "at grad_norm of the last steps"
             )
         with megatron_calls():
             updated, grad_norm, _ = self.optimizer.step()
         return StepResult(bool(updated), value, float(grad_norm or 0.0), logprobs, entropy)
 
+    def _gradients_are_finite(self) -> bool:
+        """The same answer on every rank."""
+        finite = [buffer.grad_data.isfinite().all() for buffer in self.model.buffers]
+        broken = (~torch.stack(finite).all()).float()
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+        return not bool(broken)
+
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""
         with megatron_calls():
-            model = self.module.sharded_state_dict()
-            optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
+            model = self.module.sharded_state_dict(metadata=_RESHARDABLE)
+            optimizer = self.optimizer.sharded_state_dict(
+                model, is_loading=is_loading, metadata=_RESHARDABLE
+            )
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

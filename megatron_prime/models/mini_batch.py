@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_prime.models.engine import Forward
 from megatron_prime.types import Metrics, RolloutBatch
 
+_TOKEN_MEANS = ("/clip_fraction", "/approx_kl", "/entropy")  # other figures are of rollouts
+
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
@@ -44,6 +46,15 @@ class MiniBatch:
         return [tensor[rows, :width].to(forward.logprobs.device) for tensor in tensors]
 
 
-def mean_metrics(steps: Sequence[Metrics]) -> Metrics:
-    """Mean of each figure over the optimizer steps of an update."""
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+def combine(steps: Sequence[tuple[MiniBatch, Metrics]]) -> Metrics:
+    """An update's figures from its optimizer steps': means weigh by what they are means of."""
+
+    def figure(name: str) -> float:
+        values = [metrics[name] for _, metrics in steps]
+        if name.endswith("_max"):
+            return max(values)
+        per_token = name.endswith(_TOKEN_MEANS)
+        weights = [part.tokens if per_token else part.rollouts for part, _ in steps]
+        return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+    return {name: figure(name) for name in steps[0][1]}

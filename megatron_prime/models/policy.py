@@ -12,7 +12,7 @@ from megatron_prime.algorithm.metrics import policy_metrics
 from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
 from megatron_prime.config import PolicySection
 from megatron_prime.models.engine import Forward, StepResult, TrainableEngine
-from megatron_prime.models.mini_batch import MiniBatch, mean_metrics
+from megatron_prime.models.mini_batch import MiniBatch, combine
 from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
 from megatron_prime.weights.reshard import gather_hf_tensors
 
@@ -43,9 +43,9 @@ class MegatronPolicy:
                 rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
             )
             updated |= step.updated
-            metrics.append(self._metrics(batch, rows, step))
+            metrics.append((part, self._metrics(batch, rows, step)))
         self.version += updated
-        return mean_metrics(metrics) | {"policy/lr": rate}
+        return combine(metrics) | {"policy/lr": rate}
 
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""

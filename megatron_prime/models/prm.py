@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_prime.algorithm.prm_loss import prm_ce_loss
 from megatron_prime.config import PrmSection
 from megatron_prime.models.engine import Forward, TrainableEngine
-from megatron_prime.models.mini_batch import MiniBatch, mean_metrics
+from megatron_prime.models.mini_batch import MiniBatch, combine
 from megatron_prime.types import PrmUpdate, RolloutBatch, ScoredBatch
 
 
@@ -46,8 +46,8 @@ class MegatronPrm:
                 rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
             )
             forward_logprobs[rows] = step.logprobs[rows]
-            metrics.append({"prm/loss": step.loss, "prm/grad_norm": step.grad_norm})
-        return PrmUpdate(forward_logprobs, mean_metrics(metrics) | {"prm/lr": rate})
+            metrics.append((part, {"prm/loss": step.loss, "prm/grad_norm": step.grad_norm}))
+        return PrmUpdate(forward_logprobs, combine(metrics) | {"prm/lr": rate})
 
     def _loss(self, batch: ScoredBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's cross-entropy."""

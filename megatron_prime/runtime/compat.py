@@ -55,6 +55,11 @@ def before_megatron_import() -> None:
         warnings.filterwarnings("ignore", message=message)
     # "Implicit initialization of Rerun State Machine!" (rerun_state_machine.py:238,1362): unused.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    if find_spec("psutil") is None:
+        raise UnsupportedPackage(
+            "psutil is not installed, and without it Megatron's dist_checkpointing hangs for ever "
+            "when it saves: pip install psutil"
+        )
     check_apex(find_spec("apex") is not None, find_spec("amp_C") is not None)
 
 

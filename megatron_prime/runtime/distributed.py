@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch._C._distributed_c10d import HashStore
 
 from megatron_prime.config import ConfigError
 from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
-from megatron_prime.types import VerifiedGroup
+from megatron_prime.types import Prompt, VerifiedGroup
 
 
 def initialize(rendezvous: Rendezvous, tp: int, pp: int, seed: int, timeout_s: float) -> None:
@@ -46,7 +45,7 @@ def initialize(rendezvous: Rendezvous, tp: int, pp: int, seed: int, timeout_s: f
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         init_method=address if world > 1 else None,
-        store=HashStore() if world == 1 else None,
+        store=dist.HashStore() if world == 1 else None,  # type: ignore[attr-defined]
         rank=rendezvous.rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_s),
@@ -76,25 +75,28 @@ def destroy() -> None:
 
 
 class WorldRanks:
-    """The `Ranks` role: where this process stands, and gathering from all the others."""
+    """The `Ranks` role: which process this is, and gathering from all the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self.rank = dist.get_rank()
-        self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
         self.world_size = dist.get_world_size()
-        self.dp_rank: int = parallel_state.get_data_parallel_rank()
-        self.dp_size: int = parallel_state.get_data_parallel_world_size()
-        self.tp_rank: int = parallel_state.get_tensor_model_parallel_rank()
-        self.tp_size: int = parallel_state.get_tensor_model_parallel_world_size()
-        self.pp_rank: int = parallel_state.get_pipeline_model_parallel_rank()
-        self.pp_size: int = parallel_state.get_pipeline_model_parallel_world_size()
-        self.is_first_stage: bool = parallel_state.is_pipeline_first_stage()
-        self.is_last_stage: bool = parallel_state.is_pipeline_last_stage()
-        self._objects = dist.new_group(backend="gloo")
+        self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
+        self._objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
-    def gather(self, groups: Sequence[VerifiedGroup]) -> list[VerifiedGroup]:
-        """All ranks' groups, the same list everywhere, by prompt_id (equal ones by rank)."""
+    def gather(
+        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+    ) -> list[VerifiedGroup]:
+        """All ranks' groups, the same list everywhere, in the order of `prompts`.
+
+        Raises RuntimeError if they are not one group per prompt.
+        """
         per_rank: list[list[VerifiedGroup]] = [[]] * self.world_size
         dist.all_gather_object(per_rank, list(groups), group=self._objects)
-        everyone = [group for groups_of_rank in per_rank for group in groups_of_rank]
-        return sorted(everyone, key=lambda group: group.prompt.prompt_id)
+        found = {group.prompt.prompt_id: group for part in per_rank for group in part}
+        wanted = [prompt.prompt_id for prompt in prompts]
+        if sorted(found) != sorted(wanted) or sum(map(len, per_rank)) != len(wanted):
+            raise RuntimeError(
+                f"gathered {sum(map(len, per_rank))} groups for {len(wanted)} prompts: the ranks "
+                "of the rollout engine must answer each prompt once"
+            )
+        return [found[prompt_id] for prompt_id in wanted]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from megatron_prime.config import ConfigError
 
 _LOOPBACK = "127.0.0.1"
-_PORT = 29500  # torchrun's default too
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +19,7 @@ class Rendezvous:
     world_size: int = 1
     local_rank: int = 0  # on this node: chooses the GPU
     master_addr: str = _LOOPBACK
-    master_port: int = _PORT
+    master_port: int = 29500  # torchrun's default
 
 
 def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
@@ -50,9 +49,14 @@ def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
             world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environ.get("SLURM_LOCALID", "0")),
             master_addr=environ.get("MASTER_ADDR") or _first_host(environ),
-            master_port=int(environ.get("MASTER_PORT", str(_PORT))),
+            master_port=int(environ.get("MASTER_PORT") or _port_of_job(environ)),
         )
     return Rendezvous()
+
+
+def _port_of_job(environ: Mapping[str, str]) -> int:
+    """A port that jobs sharing a node don't share."""
+    return 20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 10_000
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

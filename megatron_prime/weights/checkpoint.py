@@ -17,15 +17,19 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import TypeAdapter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prime.config import RunConfig
 from megatron_prime.errors import RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls
@@ -33,6 +37,25 @@ from megatron_prime.types import LoopState
 
 _LOOP_STATE = TypeAdapter(LoopState)
 _STEP = re.compile(r"step_(\d{6,})")
+_UNFINISHED = ("writing_*", "removing_*")  # of a run that died while it saved
+
+# What may change when a run is continued: none of these changes what it computes.
+FREE = (
+    "run.folder",
+    "run.steps",
+    "run.timeout_s",
+    "data.train",  # its content is compared by the prompt stream
+    "data.eval",
+    "rollout.batch_size",
+    "rollout.max_rounds",
+    "policy.micro_batch_tokens",
+    "prm.micro_batch_tokens",
+    "verify.",
+    "evaluate.",
+    "checkpoint.",
+    "sft.",
+    "megatron.",
+)
 
 
 class CheckpointError(RunError):
@@ -44,24 +67,27 @@ class RunCheckpoints:
 
     def __init__(
         self,
-        folder: Path,
         engines: Mapping[str, Trained],  # by the name of their subdirectory
         policy: Versioned,
         prompts: Cursor,
-        keep: int,  # newest that stay; 0 keeps all
+        config: RunConfig,
     ) -> None:
-        self.folder = folder
+        self.folder = config.run.folder / "checkpoints"
         self.engines = engines
         self.policy = policy
         self.prompts = prompts
-        self.keep = keep
+        self.config = config
+        # Megatron-core 0.16.1 would hand results over through a process of its own, which outlives
+        # a killed rank and keeps its stdout open; a synchronous save needs none
+        # (dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue).
+        filesystem_async._results_queue = SimpleQueue()
 
     def save(self, state: LoopState) -> None:
         """Write the checkpoint of `state.step`; collective."""
         final = self.folder / f"step_{state.step:06d}"
         temporary = self.folder / f"writing_{final.name}"
         if dist.get_rank() == 0:
-            for leftover in self.folder.glob("writing_*"):  # of a run that died while saving
+            for leftover in [path for name in _UNFINISHED for path in self.folder.glob(name)]:
                 shutil.rmtree(leftover)
             for name in (*self.engines, "rng"):
                 (temporary / name).mkdir(parents=True)
@@ -75,41 +101,72 @@ class RunCheckpoints:
         if dist.get_rank() == 0:
             (temporary / "run.json").write_text(json.dumps(self._run_state(state)))
             if final.exists():
-                shutil.rmtree(final)
+                _remove(final)
             temporary.rename(final)
-            for old in completed(self.folder)[: -self.keep] if self.keep else []:
-                shutil.rmtree(old)
+            keep = self.config.checkpoint.keep
+            for old in completed(self.folder)[:-keep] if keep else []:
+                _remove(old)
         dist.barrier()
 
     def resume(self) -> LoopState | None:
         """Load the newest checkpoint into the models and the data stream; None if there is none.
 
-        Raises CheckpointError naming the file when it can't be read.
+        Raises CheckpointError naming the directory when it can't be read, or the knobs that are
+        not what they were when the run began.
         """
-        found = completed(self.folder)
+        found = self._completed_everywhere()
         if not found:
             return None
         newest = found[-1]
         try:
             saved = json.loads((newest / "run.json").read_text())
+            self._check_config(saved["config"])
             for name, engine in self.engines.items():
                 with megatron_calls():
                     wanted = engine.sharded_state_dict(is_loading=True)
-                    engine.load_state_dict(dist_checkpointing.load(wanted, str(newest / name)))
+                    engine.load_state_dict(dist_checkpointing.load(wanted, newest / name))
             rng = newest / "rng" / f"rank_{dist.get_rank():05d}.pt"
             if saved["world_size"] == dist.get_world_size():  # another layout starts new streams
                 _restore_rng(torch.load(rng, weights_only=False))
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            self.policy.version = saved["policy_version"]
+            self.prompts.load_state_dict(saved["prompts"])
+            return _LOOP_STATE.validate_python(saved["loop"])
+        except RunError:
+            raise
+        # Whatever a damaged file does to torch, pickle or Megatron; torch's is a BaseException.
+        except (Exception, CheckpointException) as error:
             older = (
                 f"move it away to continue from {found[-2]}" if found[1:] else "it is the only one"
             )
-            raise CheckpointError(f"can't load checkpoint {newest}: {error}; {older}") from error
-        self.policy.version = saved["policy_version"]
-        self.prompts.load_state_dict(saved["prompts"])
-        return _LOOP_STATE.validate_python(saved["loop"])
+            raise CheckpointError(
+                f"can't load checkpoint {newest}: {_first_cause(error)}; {older}"
+            ) from error
+
+    def _completed_everywhere(self) -> list[Path]:
+        """Rank 0's list, for a shared file system may show others an older one."""
+        found = [completed(self.folder)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _check_config(self, began_with: dict[str, Any]) -> None:
+        now = flatten(self.config.model_dump(mode="json"))
+        before = flatten(began_with)
+        cosine = "cosine" in (self.config.policy.schedule, self.config.prm.schedule)
+        free = tuple(knob for knob in FREE if not (cosine and knob == "run.steps"))
+        changed = [
+            f"{knob}: began with {before.get(knob)!r}, found {now.get(knob)!r}"
+            for knob in sorted(before.keys() | now.keys())
+            if before.get(knob) != now.get(knob) and not knob.startswith(free)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} holds a run with other knobs; set them back to continue it, or "
+                "take another run.folder:\n" + "\n".join(changed)
+            )
 
     def _run_state(self, state: LoopState) -> dict[str, Any]:
         return {
+            "config": self.config.model_dump(mode="json"),
             "loop": _LOOP_STATE.dump_python(state, mode="json"),
             "policy_version": self.policy.version,
             "prompts": self.prompts.state_dict(),
@@ -125,6 +182,31 @@ def completed(folder: Path) -> list[Path]:
         if (match := _STEP.fullmatch(path.name))
     ]
     return [path for _, path in sorted(steps)]
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete so that no half of it is ever called `step_…`."""
+    doomed = checkpoint.with_name(f"removing_{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong, in a line; torch collects the errors and tracebacks of all ranks in one."""
+    if isinstance(error, CheckpointException):
+        error = next(failure for failure, _ in error.failures.values())
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _rng_state() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -28,6 +29,7 @@ from megatron_prime.models.architecture import ModelShape, build_model  # noqa: 
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.compat import megatron_calls  # noqa: E402
+from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import Prompt, VerifiedGroup  # noqa: E402
 from megatron_prime.weights.export import export_hf  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
@@ -40,7 +42,7 @@ TIMEOUT_S = 120
 
 
 def main(folder: Path) -> None:
-    rendezvous = distributed.rendezvous_from(os.environ)
+    rendezvous = rendezvous_from(os.environ)
     distributed.initialize(rendezvous, *LAYOUTS[0], 1, TIMEOUT_S)
     for size in (1, 2, 4):
         case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
@@ -106,13 +108,16 @@ def vocab_parallel(tp: int) -> None:
 
 
 def gather_groups() -> None:
-    """Every rank gets all groups by prompt_id; equal ones stay in the order of ranks."""
+    """Every rank gets all groups in the order of the prompts; a missing one is an error."""
     rank = dist.get_rank()
-    mine = [group_of(9 - rank, rank), group_of(5, rank)] if rank != 2 else []
-    found = distributed.WorldRanks().gather(mine)
-    assert [(g.prompt.prompt_id, g.checker_failures) for g in found] == [
-        (5, 0), (5, 1), (5, 3), (6, 3), (8, 1), (9, 0),
-    ]  # fmt: skip
+    ranks = distributed.WorldRanks(TIMEOUT_S)
+    prompts = [group_of(number, 0).prompt for number in (7, 3, 9, 1, 4)]
+    mine = [group_of(prompt.prompt_id, rank) for prompt in prompts[rank::4]]
+    found = ranks.gather(mine, prompts)
+    marks = [(group.prompt.prompt_id, group.checker_failures) for group in found]
+    assert marks == [(7, 0), (3, 1), (9, 2), (1, 3), (4, 0)]
+    with pytest.raises(RuntimeError, match="gathered 3 groups for 5 prompts"):
+        ranks.gather(mine if rank else [], prompts)
 
 
 def group_of(prompt_id: int, mark: int) -> VerifiedGroup:
@@ -143,8 +148,9 @@ class Tested:
         self.check_logprobs(self.model(sequence_parallel=True))
 
     def check_logprobs(self, model: Any) -> None:
-        ranks = distributed.WorldRanks()
-        mine = torch.arange(ranks.dp_rank, len(self.truth["tokens"]), ranks.dp_size)
+        dp_rank = parallel_state.get_data_parallel_rank()
+        dp_size = parallel_state.get_data_parallel_world_size()
+        mine = torch.arange(dp_rank, len(self.truth["tokens"]), dp_size)
         micro_batches = [
             (rows, length) for rows, length in zip(mine.chunk(2), (12, 8), strict=True)
         ]
@@ -167,7 +173,7 @@ class Tested:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        assert len(scored) == (2 if ranks.is_last_stage else 0)
+        assert len(scored) == (2 if parallel_state.is_pipeline_last_stage() else 0)
         for rows, logprobs, entropy in scored:  # an error inside would leave a stage waiting
             width = logprobs.shape[1]
             assert_close(logprobs, self.truth["logprobs"][rows, :width], 1e-5)

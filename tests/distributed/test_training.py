@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 LAYOUTS = ["tp1-pp1", "tp2-pp1", "tp1-pp2", "tp2-pp2"]
 MODELS = list(tiny_models.CONFIGS)
 ROWS, GROUP, UPDATES = 24, 4, 2
+AGGREGATION = {"tied": "token_mean", "untied": "seq_mean_token_mean"}
 
 
 def make_job() -> dict[str, Any]:
@@ -45,12 +46,15 @@ def make_job() -> dict[str, Any]:
         "temperature": 1.3,
         "seed": 3,
         "policy": {
-            **common,
-            "lr": 2e-2,
-            "clip_grad": 0.3,
-            "mini_batch_size": 12,
-            "micro_batch_tokens": 40,
-            "loss": {"clip": 0.05, "entropy_coefficient": 0.1, "aggregation": "token_mean"},
+            name: {
+                **common,
+                "lr": 2e-2,
+                "clip_grad": 0.3,
+                "mini_batch_size": 12,
+                "micro_batch_tokens": 40,
+                "loss": {"clip": 0.05, "entropy_coefficient": 0.1, "aggregation": aggregation},
+            }
+            for name, aggregation in AGGREGATION.items()
         },
         "prm": {
             **common,
@@ -126,7 +130,8 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
             prm_losses.append((float(total.detach()), prm.step(total)))
         prm_forward.append(seen)
 
-    policy, knobs = Reference(hf_dir, job["policy"], job["temperature"]), job["policy"]["loss"]
+    policy_knobs = job["policy"][hf_dir.name]
+    policy, knobs = Reference(hf_dir, policy_knobs, job["temperature"]), policy_knobs["loss"]
     with torch.no_grad():
         old = [policy.forward(*row)[0] for row in sequences]
     policy_losses = []
@@ -134,8 +139,8 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
         policy.begin_update()
         generator = torch.Generator().manual_seed(job["seed"] * 1_000_003 + update)
         order = torch.randperm(ROWS, generator=generator).tolist()
-        for start in range(0, ROWS, job["policy"]["mini_batch_size"]):
-            rows = order[start : start + job["policy"]["mini_batch_size"]]
+        for start in range(0, ROWS, policy_knobs["mini_batch_size"]):
+            rows = order[start : start + policy_knobs["mini_batch_size"]]
             terms = []
             for row in rows:
                 logprobs, entropy = policy.forward(*sequences[row])
@@ -144,7 +149,10 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
                 low, high = 1 - knobs["clip"], 1 + knobs["clip"]
                 surrogate = torch.minimum(advantage * ratio, advantage * ratio.clamp(low, high))
                 terms.append(-surrogate - knobs["entropy_coefficient"] * entropy)
-            loss = torch.cat(terms).mean()
+            if knobs["aggregation"] == "token_mean":
+                loss = torch.cat(terms).mean()
+            else:
+                loss = torch.stack([term.mean() for term in terms]).mean()
             policy_losses.append((float(loss.detach()), policy.step(loss)))
     return {
         "ref_logprobs": ref,
@@ -227,6 +235,27 @@ def test_losses_and_gradient_norms(
         loss, norm = (sum(values) / per_update for values in zip(*part, strict=True))
         assert math.isclose(metrics[f"{role}/loss"], loss, abs_tol=1e-5)
         assert math.isclose(metrics[f"{role}/grad_norm"], norm, rel_tol=1e-4)
+
+
+def test_bf16_follows_fp32(
+    found: dict[str, Any], truths: dict[str, Any], name: str, folder: Path
+) -> None:
+    start, truth = tiny_models_weights(folder / name), truths[name]["prm"]
+    apart = moved = 0.0
+    for tensor, value in found["bf16"].items():
+        assert value.dtype == torch.bfloat16
+        apart += float((value.float() - truth[tensor]).square().sum())
+        moved += float((start[tensor] - truth[tensor]).square().sum())
+    assert apart < 0.1 * moved, "rounding must be small beside what was learnt"
+    first = [metrics["prm/loss"] for metrics in found["bf16_metrics"]]
+    exact = [metrics["prm/loss"] for metrics in found["prm_metrics"]]
+    assert all(math.isclose(a, b, rel_tol=0.03) for a, b in zip(first, exact, strict=True))
+
+
+def test_an_infinite_gradient_stops_all_ranks_and_changes_nothing(found: dict[str, Any]) -> None:
+    message, unchanged = found["broken"]
+    assert "no weight was changed" in message
+    assert unchanged
 
 
 def test_versions_count_updates_and_masters_are_fp32(found: dict[str, Any]) -> None:

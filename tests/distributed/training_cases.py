@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,11 +22,17 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_prime.config import PolicySection, PrmSection  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
-from megatron_prime.models.engine import Engine, TrainableEngine  # noqa: E402
+from megatron_prime.models.engine import (  # noqa: E402
+    Engine,
+    Forward,
+    NotFinite,
+    TrainableEngine,
+)
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.reference import MegatronReference  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
+from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
 from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
@@ -36,7 +43,7 @@ UPDATES = 2
 
 
 def main(folder: Path) -> None:
-    distributed.initialize(distributed.rendezvous_from(os.environ), *LAYOUTS[0], 1, TIMEOUT_S)
+    distributed.initialize(rendezvous_from(os.environ), *LAYOUTS[0], 1, TIMEOUT_S)
     job = torch.load(folder / "job.pt", weights_only=False)
     for tp, pp in LAYOUTS:
         parallel_state.destroy_model_parallel()
@@ -52,14 +59,18 @@ def main(folder: Path) -> None:
 def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]:
     """Two PRM and two policy updates on the same rollouts; weights, figures and log-probs."""
     shape = ModelShape.from_hf(hf_dir, tp)
-    options = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    options = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": tp > 1 and hf_dir.name == "untied",
+    }
 
     def model(precision: Any = "fp32") -> Any:
         built = build_model(shape, precision, options)
         load_hf(built, hf_dir, shape)
         return built
 
-    policy_knobs = PolicySection.model_validate(job["policy"])
+    policy_knobs = PolicySection.model_validate(job["policy"][hf_dir.name])
     prm_knobs = PrmSection.model_validate(job["prm"])
     policy = MegatronPolicy(
         TrainableEngine(model(), shape, policy_knobs, job["temperature"], UPDATES),
@@ -76,7 +87,8 @@ def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]
     batch = TrainBatch(scored, None, job["advantages"])
     metrics = [policy.update(batch) for _ in range(UPDATES)]
     weights = dict(gather_hf_tensors(policy.engine.module, shape))
-    halves = TrainableEngine(model("bf16"), shape, policy_knobs, 1.0, UPDATES).optimizer
+    halves = TrainableEngine(model("bf16"), shape, prm_knobs, 1.0, UPDATES)
+    half_updates = [MegatronPrm(halves, prm_knobs).update(scored) for _ in range(UPDATES)]
     return {
         "policy": weights,
         "prm": dict(gather_hf_tensors(prm.engine.module, shape)),
@@ -86,8 +98,26 @@ def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]
         "prm_metrics": [update.metrics for update in updates],
         "policy_metrics": metrics,
         "version": policy.version,
-        "masters": {p.dtype for group in halves.param_groups for p in group["params"]},
+        "bf16": dict(gather_hf_tensors(halves.module, shape)),
+        "bf16_metrics": [update.metrics for update in half_updates],
+        "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},
+        "broken": broken_step(halves, rollouts),
     }
+
+
+def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, bool]:
+    """A step with one infinite loss on one replica: its error, and whether weights stayed."""
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+    def loss(forward: Forward) -> torch.Tensor:
+        return (forward.logprobs * torch.where(forward.rows == 0, math.inf, 1.0)[:, None]).sum()
+
+    try:
+        engine.train_step(rollouts.sequences, range(len(rollouts.sequences)), loss)
+    except NotFinite as error:
+        after = engine.module.parameters()
+        return str(error), all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return "no error", False
 
 
 def rollout_batch(job: dict[str, Any]) -> RolloutBatch:

@@ -36,7 +36,9 @@ def test_torchrun_comes_before_slurm() -> None:
 
 
 def test_srun() -> None:
-    assert rendezvous_from(SRUN) == Rendezvous(5, 8, 1, "gpu03", 29500)
+    assert rendezvous_from(SRUN) == Rendezvous(5, 8, 1, "gpu03", 20_000)
+    job = {**SRUN, "SLURM_JOB_ID": "123456"}
+    assert rendezvous_from(job).master_port == 23_456, "two jobs on a node must not collide"
     named = {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}
     assert rendezvous_from(named) == Rendezvous(5, 8, 1, "10.0.0.1", 7)
 
@@ -74,8 +76,8 @@ def test_layout_that_does_not_fit_is_refused_before_any_group(tp: int, pp: int) 
 def test_alone_from_start_to_end_and_again() -> None:
     for _ in range(2):
         distributed.initialize(Rendezvous(), 1, 1, seed=0, timeout_s=5)
-        ranks = distributed.WorldRanks()
-        assert (ranks.rank, ranks.world_size, ranks.dp_size, ranks.is_last_stage) == (0, 1, 1, True)
-        assert ranks.gather([]) == []
+        ranks = distributed.WorldRanks(5)
+        assert (ranks.rank, ranks.world_size, ranks.device.type) == (0, 1, "cpu")
+        assert ranks.gather([], []) == []
         distributed.destroy()
     distributed.destroy()

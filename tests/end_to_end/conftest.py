@@ -1,0 +1,19 @@
+"""The job, made once, and the run that all others are compared with."""
+
+from __future__ import annotations
+
+import pytest
+from job import Job, make_job
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Data and a fine-tuned start model."""
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="session")
+def full(job: Job) -> str:
+    """The name of an uninterrupted run of six steps: four ranks, TP 2 × PP 2."""
+    job.start("train", 4, "full")
+    return "full"
