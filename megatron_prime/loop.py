@@ -43,6 +43,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
         metrics |= figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
+        metrics |= roles.gpus.peak_memory()
         roles.recorder.log(step, metrics)  # before saving: a resumed run lacks no step's line
         if due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):

@@ -71,6 +71,9 @@ class Fake:
         self.trace.append(phase.value)
         yield
 
+    def peak_memory(self) -> dict[str, float]:
+        return {"memory/host_peak_gib": 1.0}
+
     def take_seconds(self) -> dict[str, float]:
         return {"time/generate_s": 2.0}
 

@@ -7,6 +7,8 @@ they are, so a phase is only a name and a stopwatch.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,3 +54,12 @@ class ResidentScheduler:
         """`time/<phase>_s` of every phase that was on since the last call; starts again at 0."""
         taken, self._seconds = self._seconds, {}
         return {f"time/{phase.value}_s": seconds for phase, seconds in taken.items()}
+
+    def peak_memory(self) -> Metrics:
+        """Most that this process has held so far, in GiB: of host memory and, on a GPU, of its."""
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        figures = {"memory/host_peak_gib": host / 2**30}
+        if torch.cuda.is_initialized():
+            figures["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return figures

@@ -87,3 +87,11 @@ def test_waits_for_the_gpu_before_it_stops_the_clock(clock, monkeypatch):
     scheduler = ResidentScheduler(lambda phase: None)
     spend(scheduler, clock, Phase.UPDATE_POLICY, 1.0)
     assert scheduler.take_seconds() == {"time/update_policy_s": 8.0}
+
+
+def test_peak_memory_is_this_process() -> None:
+    import psutil
+
+    peak = ResidentScheduler(lambda _: None).peak_memory()["memory/host_peak_gib"] * 2**30
+    now = psutil.Process().memory_info().rss
+    assert 0.95 * now <= peak < 100 * 2**30
