@@ -6,3 +6,7 @@ class RunError(Exception):
 
     The message says what was found, what was wanted, and the knob or command that mends it.
     """
+
+
+class BatchNotFilled(RunError):
+    """Too few prompts passed the accuracy window within `rollout.max_rounds` rounds."""

@@ -15,13 +15,9 @@ from megatron_prime.algorithm.advantage import prime_advantages
 from megatron_prime.algorithm.filtering import within_accuracy_window
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
-from megatron_prime.errors import RunError
+from megatron_prime.errors import BatchNotFilled
 from megatron_prime.evaluation import evaluate
 from megatron_prime.protocols import Phase, Roles
-
-
-class BatchNotFilled(RunError):
-    """Too few prompts passed the accuracy window within `rollout.max_rounds` rounds."""
 
 
 def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
@@ -42,9 +38,9 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config.advantage.gamma)
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
-        metrics |= figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
-        metrics |= roles.gpus.peak_memory()
-        roles.recorder.log(step, metrics)  # before saving: a resumed run lacks no step's line
+        seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
+        # Logged before saving: a resumed run lacks no step's line.
+        roles.recorder.log(step, metrics | seconds | roles.gpus.peak_memory())
         if due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
@@ -54,19 +50,21 @@ def collect(
     config: RunConfig, roles: Roles, step: int, surplus: tuple[t.VerifiedGroup, ...]
 ) -> tuple[list[t.VerifiedGroup], list[t.VerifiedGroup], t.Metrics]:
     """Roll out, verify, filter; again until the batch is full. Returns batch, surplus, figures."""
-    knobs, low, high = config.rollout, config.filter.min_accuracy, config.filter.max_accuracy
+    knobs, window, size = config.rollout, config.filter, config.rollout.group_size
     kept, seen = list(surplus), list[t.VerifiedGroup]()
     with roles.gpus.phase(Phase.GENERATE):
         for round_ in range(knobs.max_rounds):
             prompts = roles.prompts.take(knobs.prompts_per_round or knobs.prompts_per_step)
-            stream = (config.run.seed * 1_000_000 + step) * 1_000 + round_
-            sampling = t.Sampling(
-                knobs.group_size, knobs.temperature, knobs.max_response_length, stream
-            )
+            seed = (config.run.seed * 1_000_000 + step) * 1_000 + round_  # a stream of its own
+            sampling = t.Sampling(size, knobs.temperature, knobs.max_response_length, seed)
             rollouts = roles.engine.generate(prompts, sampling)
             verified = roles.ranks.gather(roles.verifier.verify(rollouts), prompts)
-            rewards = t.outcome_rewards(verified)
-            passed = within_accuracy_window(rewards, knobs.group_size, low, high)
+            rewards, low, high = (
+                t.outcome_rewards(verified),
+                window.min_accuracy,
+                window.max_accuracy,
+            )
+            passed = within_accuracy_window(rewards, size, low, high)
             seen += verified
             kept += [group for group, passes in zip(verified, passed, strict=True) if passes]
             roles.recorder.progress("prompts in the window", len(kept), knobs.prompts_per_step)
@@ -92,19 +90,17 @@ def learn_process_rewards(
     """Train the PRM on outcomes; r_t = beta log(prm / ref) by the forward `prm.forward` names."""
     if roles.prm is None or scored.ref_logprobs is None:
         return None, {}
-    rollouts, forward = scored.rollouts, config.prm.forward
+    rows, knobs, forward = scored.rollouts, config.prm, config.prm.forward
     with roles.gpus.phase(Phase.UPDATE_PRM):
-        before = roles.prm.logprobs(rollouts) if forward == "single_strict" else None
+        before = roles.prm.logprobs(rows) if forward == "single_strict" else None
         update = roles.prm.update(scored)
-        wants_after = forward == "double" or config.prm.measure_after
-        after = roles.prm.logprobs(rollouts) if wants_after else None
+        after = roles.prm.logprobs(rows) if forward == "double" or knobs.measure_after else None
     trained = update.forward_logprobs  # `single`, the released run: no pass of its own
     chosen = {"single": trained, "single_strict": before, "double": after}[forward]
     assert chosen is not None, f"prm.forward = {forward!r} made no log-probs"
-    mask = rollouts.response_mask
-    rewards = implicit_rewards(chosen, scored.ref_logprobs, mask, config.prm.beta)
-    figures_ = figures.of_prm(scored, trained if before is None else before, after)
-    return rewards, update.metrics | figures_
+    rewards = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)
+    seen = trained if before is None else before
+    return rewards, update.metrics | figures.of_prm(scored, seen, after)
 
 
 def with_advantages(

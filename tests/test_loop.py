@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_prime.config import RunConfig
-from megatron_prime.loop import BatchNotFilled, run
+from megatron_prime.errors import BatchNotFilled
+from megatron_prime.loop import run
 from megatron_prime.protocols import Phase, Roles
 from megatron_prime.types import (
     Group,
@@ -236,7 +237,7 @@ def test_mixed_versions_in_one_group_are_refused() -> None:
 
 def test_the_loop_stays_readable() -> None:
     lines = Path("megatron_prime/loop.py").read_text().count("\n")
-    assert lines <= 150, "the loop is the story of the algorithm on two screens"
+    assert lines <= 130, "the loop is the story of the algorithm on two screens"
 
 
 def test_the_loop_in_the_readme_is_the_loop() -> None:
