@@ -1,8 +1,7 @@
 """PRIME, top to bottom. Read this file first: one function per stage, in the order of the paper.
 
-Every rank runs this same code (SPMD). A role hides how it is sharded; the scheduler decides what
-lies on the devices inside `with gpus.phase(...)`. Whatever is decided here is decided from values
-that are the same on every rank.
+Every rank runs this same code, on values that are the same everywhere. A role hides how it is
+sharded; the scheduler decides what lies on the devices inside `with gpus.phase(...)`.
 """
 
 from __future__ import annotations
@@ -50,7 +49,8 @@ def collect(
     config: RunConfig, roles: Roles, step: int, surplus: tuple[t.VerifiedGroup, ...]
 ) -> tuple[list[t.VerifiedGroup], list[t.VerifiedGroup], t.Metrics]:
     """Roll out, verify, filter; again until the batch is full. Returns batch, surplus, figures."""
-    knobs, window, size = config.rollout, config.filter, config.rollout.group_size
+    knobs, size = config.rollout, config.rollout.group_size
+    window = config.filter.min_accuracy, config.filter.max_accuracy
     kept, seen = list(surplus), list[t.VerifiedGroup]()
     with roles.gpus.phase(Phase.GENERATE):
         for round_ in range(knobs.max_rounds):
@@ -59,12 +59,7 @@ def collect(
             sampling = t.Sampling(size, knobs.temperature, knobs.max_response_length, seed)
             rollouts = roles.engine.generate(prompts, sampling)
             verified = roles.ranks.gather(roles.verifier.verify(rollouts), prompts)
-            rewards, low, high = (
-                t.outcome_rewards(verified),
-                window.min_accuracy,
-                window.max_accuracy,
-            )
-            passed = within_accuracy_window(rewards, size, low, high)
+            passed = within_accuracy_window(t.outcome_rewards(verified), size, *window)
             seen += verified
             kept += [group for group, passes in zip(verified, passed, strict=True) if passes]
             roles.recorder.progress("prompts in the window", len(kept), knobs.prompts_per_step)
@@ -79,9 +74,8 @@ def collect(
 def score(roles: Roles, rollouts: t.RolloutBatch) -> t.ScoredBatch:
     """One forward of the policy and of the reference over the same tokens, without gradients."""
     with roles.gpus.phase(Phase.SCORE):
-        old = roles.policy.logprobs(rollouts)
         ref = None if roles.reference is None else roles.reference.logprobs(rollouts)
-    return t.ScoredBatch(rollouts, old, ref)
+        return t.ScoredBatch(rollouts, roles.policy.logprobs(rollouts), ref)
 
 
 def learn_process_rewards(
@@ -95,7 +89,7 @@ def learn_process_rewards(
         before = roles.prm.logprobs(rows) if forward == "single_strict" else None
         update = roles.prm.update(scored)
         after = roles.prm.logprobs(rows) if forward == "double" or knobs.measure_after else None
-    trained = update.forward_logprobs  # `single`, the released run: no pass of its own
+    trained = update.forward_logprobs
     chosen = {"single": trained, "single_strict": before, "double": after}[forward]
     assert chosen is not None, f"prm.forward = {forward!r} made no log-probs"
     rewards = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)

@@ -160,7 +160,7 @@ def test_a_step_follows_the_order_of_the_paper() -> None:
     play(fake)
     assert fake.trace == [
         "sync_weights", "load v0", "evaluate",
-        "generate", "score", "policy logprobs", "reference logprobs",
+        "generate", "score", "reference logprobs", "policy logprobs",
         "update_prm", "prm update", "prm logprobs",
         "update_policy", "policy update",
         "sync_weights", "load v1", "evaluate", "checkpoint",
