@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_prime.config import BatchSection, ConfigError, RunConfig
 
-MODEL_TYPES = ("qwen2",)
+MODEL_TYPES = ("qwen2",)  # what `weights/names.py` has a map of names for
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
 # What Megatron can do and this project can't yet: the only value that runs, and why.

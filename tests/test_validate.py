@@ -5,8 +5,7 @@ import json
 import pytest
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.validate import MODEL_TYPES, check
-from megatron_prime.weights.shape import FAMILIES
+from megatron_prime.validate import check
 
 QWEN = {
     "model_type": "qwen2",
@@ -248,5 +247,20 @@ def test_evaluation_needs_problems(config):
     assert problems(config(data={"eval": None}), "train") == []
 
 
-def test_supported_models_are_those_with_a_map_of_names():
-    assert MODEL_TYPES == FAMILIES
+def test_evaluation_builds_no_megatron_model(config):
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}
+    assert problems(config(megatron=sizes), "evaluate", 1) == []
+
+
+def test_advantages_of_nothing_are_refused(config):
+    nothing = {"process_weight": 0.0, "outcome_weight": 0.0}
+    (found,) = problems(config(advantage=nothing), "train")
+    assert found.startswith("advantage.process_weight, advantage.outcome_weight: found 0 for both")
+
+
+def test_a_cosine_needs_steps_after_the_warm_up(config):
+    schedule = {"schedule": "cosine", "warmup_steps": 100}
+    (found,) = problems(config(run={"steps": 100}, policy=schedule), "train")
+    assert found.startswith("policy.warmup_steps: found 100, wanted fewer than run.steps = 100")
+    constant = {"schedule": "constant", "warmup_steps": 100}
+    assert problems(config(run={"steps": 100}, policy=constant), "train") == []

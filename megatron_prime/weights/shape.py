@@ -1,7 +1,7 @@
 """The shape of a model, read from the config.json of a Hugging Face checkpoint.
 
 Everything that Megatron, the reshard and the planner need to know about an architecture is in
-`ModelShape`; no other module reads config.json. Only what the models of the family really vary is
+`ModelShape` (`validate.py` reads config.json before it, without torch). Only what the models of the family really vary is
 a field: what would change the mathematics (sliding windows, scaled RoPE) is refused.
 """
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
-
-FAMILIES = ("qwen2",)  # `model_type` of the architectures that `weights/names.py` has a map for
+from megatron_prime.validate import MODEL_TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +66,8 @@ def padded(vocab_size: int, tp: int) -> int:
 
 def _from_config(config: dict[str, Any], path: Path, tp: int) -> ModelShape:
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"{path}: found model_type {family!r}, wanted one of {list(FAMILIES)}")
+    if family not in MODEL_TYPES:
+        raise ConfigError(f"{path}: found model_type {family!r}, wanted one of {list(MODEL_TYPES)}")
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
