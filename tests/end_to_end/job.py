@@ -127,7 +127,7 @@ def reproducible(record: dict[str, float]) -> dict[str, float]:
     return {
         name: value
         for name, value in record.items()
-        if not name.startswith("time/") and name != "rollout/tokens_per_s"
+        if not name.startswith(("time/", "memory/")) and name != "rollout/tokens_per_s"
     }
 
 

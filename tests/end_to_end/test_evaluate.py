@@ -1,4 +1,4 @@
-"""`evaluate` and the exported model: the same answers as transformers and as the run's own engine."""
+"""`evaluate` and the exported model: transformers and the run's own engine agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training by the real command: what a run leaves, in every layout, and with each kind of reward."""
+"""Training by the real command: what a run leaves, in every layout, with each kind of reward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from job import ROOT, Job, layout, reproducible
 
 from megatron_prime.config import load
-from megatron_prime.weights.checkpoint import completed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -47,7 +46,8 @@ def test_every_documented_figure_is_logged_and_every_figure_documented(job: Job,
     found = set[str]().union(*steps.values())
     phases = {name for name in found if re.fullmatch(r"time/[a-z_]+_s", name)}
     names = {name for name in documented() if not name.startswith("sft/")}
-    assert found - phases == names - {"time/<phase>_s", "time/step_s"}
+    only_on_gpus = {"memory/device_peak_gib"}
+    assert found - phases == names - only_on_gpus - {"time/<phase>_s", "time/step_s"}
     for step, record in steps.items():
         assert all(math.isfinite(value) for value in record.values()), (step, record)
 
@@ -74,9 +74,8 @@ def test_a_run_leaves_everything_to_look_at(job: Job, full: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = job.run(full)
-    kept = [path.name for path in completed(folder / "checkpoints")]
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step_000004", "step_000006"], "checkpoint.keep is 2"
-    assert len(list((folder / "checkpoints").iterdir())) == 2
     picture = imread(folder / "curves.png")
     assert min(picture.shape[:2]) > 300
     assert picture[..., :3].std() > 0.05, "an empty picture"
@@ -138,7 +137,7 @@ def test_outcome_only_needs_no_prm(job: Job, full: str) -> None:
     assert not [name for record in steps.values() for name in record if name.startswith("prm/")]
     assert steps[1]["rollout/accuracy"] == job.metrics(full)[1]["rollout/accuracy"]
     assert steps[1]["policy/grad_norm"] > 0
-    (checkpoint,) = completed(job.run("outcome_only") / "checkpoints")
+    (checkpoint,) = (job.run("outcome_only") / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoint.iterdir()) == ["policy", "rng", "run.json"]
 
 
