@@ -10,3 +10,7 @@ class RunError(Exception):
 
 class BatchNotFilled(RunError):
     """Too few prompts passed the accuracy window within `rollout.max_rounds` rounds."""
+
+
+class NotFinite(RunError, FloatingPointError):
+    """A loss, gradient or log-prob is NaN or infinite."""

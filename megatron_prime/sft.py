@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_prime.config import RunConfig
+from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.data.sft_data import SftExample
 from megatron_prime.models.engine import Forward, TrainableEngine
 from megatron_prime.models.mini_batch import MiniBatch
@@ -74,7 +74,7 @@ def as_sequences(examples: Sequence[SftExample]) -> tuple[list[TokenSequence], T
 def shuffled(examples: Sequence[SftExample], count: int, seed: int) -> Iterator[list[SftExample]]:
     """Endless mini-batches of `count`; each epoch has an order of its own, fixed by the seed."""
     if count > len(examples):
-        raise ValueError(
+        raise ConfigError(
             f"{len(examples)} conversations are fewer than one mini-batch; "
             f"lower sft.mini_batch_size (found {count}) or bring more data"
         )

@@ -32,7 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prime.config import BatchSection
-from megatron_prime.errors import RunError
+from megatron_prime.errors import NotFinite
 from megatron_prime.models.architecture import ModelShape
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
 from megatron_prime.models.micro_batch import MicroBatch, cut
@@ -48,10 +48,6 @@ class Forward:
     logprobs: Tensor  # float32 [b, T], of the response tokens; anything beyond a row's response
     entropy: Tensor  # float32 [b, T], of the distribution that predicted the token
     loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
-
-
-class NotFinite(RunError):
-    """A loss or gradient is NaN or infinite."""
 
 
 # The distributed optimizer's default format can't be saved by this version's dist_checkpointing

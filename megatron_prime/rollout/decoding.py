@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from megatron_prime.errors import NotFinite
 from megatron_prime.rollout.sampling import choose_tokens, uniforms
 from megatron_prime.types import Prompt, Sampling
 
@@ -134,7 +135,7 @@ def decode(
 ) -> list[Response]:
     """Sample a response to each request, all in one batch, in the order of the requests.
 
-    Raises FloatingPointError if the model's logits are not finite.
+    Raises NotFinite if the model's logits are not finite.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -167,7 +168,7 @@ def decode(
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
         logits = decoder.step(tokens, valid)
     if not bool(logprobs_NT.isfinite().all()):
-        raise FloatingPointError(
+        raise NotFinite(
             "the rollout model's logits are not finite; the weights it was given are broken "
             "(look at policy/grad_norm of the last steps, lower policy.lr)"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_prime.config import ConfigError
 from megatron_prime.rollout.decoding import Request, decode
 from megatron_prime.types import Group, Prompt, Rollout, Sampling
 
@@ -48,7 +49,7 @@ class LocalEngine:
     ) -> None:
         """Build the model that `hf_dir`/config.json describes, without weights worth the name.
 
-        `batch_size` sequences are decoded at once. Raises ValueError if nothing says which token
+        `batch_size` sequences are decoded at once. Raises ConfigError if nothing says which token
         ends a response.
         """
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
@@ -151,7 +152,7 @@ def end_of_sequence_ids(tokenizer: Tokenizer, hf_dir: Path) -> tuple[int, ...]:
         more = json.loads(generation_config.read_text()).get("eos_token_id")
         found |= set(more) if isinstance(more, list) else {more} - {None}
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"{hf_dir}: neither the tokenizer nor generation_config.json names an end-of-sequence "
             "token, so no response would ever stop; set eos_token in tokenizer_config.json"
         )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_prime.config import ConfigError
 from megatron_prime.weights.reshard import gather_hf_tensors
 from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_hf_checkpoint
 from megatron_prime.weights.shape import ModelShape
@@ -38,10 +39,12 @@ def export_hf(
     """Write `model` with the config and tokenizer of `source_dir` to `out_dir`.
 
     Collective over all ranks; rank 0 writes, and the files are there when any rank returns. They
-    appear only when all are written. ValueError if it would overwrite `source_dir`.
+    appear only when all are written. ConfigError if it would overwrite `source_dir`.
     """
     if out_dir.resolve() == source_dir.resolve():
-        raise ValueError(f"the export would overwrite its source {source_dir}; choose another path")
+        raise ConfigError(
+            f"the export would overwrite its source {source_dir}; choose another path"
+        )
     if parallel_state.get_data_parallel_rank() == 0:  # the replica of rank 0
         tensors = gather_hf_tensors(model, shape)
         if dist.get_rank() == 0:

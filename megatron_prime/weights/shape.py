@@ -1,8 +1,9 @@
 """The shape of a model, read from the config.json of a Hugging Face checkpoint.
 
 Everything that Megatron, the reshard and the planner need to know about an architecture is in
-`ModelShape` (`validate.py` reads config.json before it, without torch). Only what the models of the family really vary is
-a field: what would change the mathematics (sliding windows, scaled RoPE) is refused.
+`ModelShape` (`validate.py` reads config.json before it, without torch). Only what the models of
+the family really vary is a field: what would change the mathematics (sliding windows, scaled RoPE)
+is refused.
 """
 
 from __future__ import annotations

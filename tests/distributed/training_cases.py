@@ -21,11 +21,11 @@ before_megatron_import()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_prime.config import PolicySection, PrmSection  # noqa: E402
+from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import (  # noqa: E402
     Engine,
     Forward,
-    NotFinite,
     TrainableEngine,
 )
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
