@@ -75,8 +75,8 @@ def shuffled(examples: Sequence[SftExample], count: int, seed: int) -> Iterator[
     """Endless mini-batches of `count`; each epoch has an order of its own, fixed by the seed."""
     if count > len(examples):
         raise ConfigError(
-            f"{len(examples)} conversations are fewer than one mini-batch; "
-            f"lower sft.mini_batch_size (found {count}) or bring more data"
+            f"found {len(examples)} conversations, wanted at least sft.mini_batch_size = {count}; "
+            "lower it, or bring more data"
         )
     epoch = 0
     while True:
