@@ -49,11 +49,13 @@ prompts_per_step = 8
 prompts_per_round = 12
 max_response_length = 16
 [policy]
-lr = 1e-3
+lr = 2e-3
+warmup_steps = 4
 mini_batch_size = 16
 micro_batch_tokens = 128
 [prm]
-lr = 1e-3
+lr = 2e-3
+warmup_steps = 4
 mini_batch_size = 16
 micro_batch_tokens = 128
 [evaluate]
