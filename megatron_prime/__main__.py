@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, path, overrides = _parse(arguments)
     from megatron_prime.config import ConfigError, describe, load
     from megatron_prime.errors import RunError
+    from megatron_prime.runtime.parent import die_with
     from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from
 
     here = Rendezvous()
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which doesn't see to it
+        die_with(os.getppid())
     try:
         from megatron_prime.runtime.compat import before_megatron_import
 

@@ -8,7 +8,6 @@ are done. Started by `pool.py`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from megatron_prime.runtime.parent import die_with
 from megatron_prime.verify.math_answer import grade
 
 CHECKERS: dict[str, Callable[[str, str], float]] = {"math": grade}
@@ -72,7 +72,7 @@ def run_check(check: Check) -> Result:
 
 def main(parent: int) -> None:
     """Serve checks from stdin until it ends."""
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _limit_memory()
     results = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -89,18 +89,6 @@ def _limit_memory() -> None:
     _, allowed = resource.getrlimit(resource.RLIMIT_AS)
     limit = ADDRESS_SPACE if allowed == resource.RLIM_INFINITY else min(ADDRESS_SPACE, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, allowed))
-
-
-def _die_with(parent: int) -> None:
-    """Be killed as soon as `parent` is gone, even in the middle of a check.
-
-    Where the kernel isn't Linux the worker ends when its stdin does, after the check.
-    """
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the line above
-        sys.exit(f"verifier worker: parent {parent} is gone")
 
 
 if __name__ == "__main__":
