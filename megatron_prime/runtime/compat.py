@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def before_megatron_import() -> None:
         "full scope is deprecated. Use empty cuda_graph_scope",  # transformer_config.py:1705
         "`torch.distributed.reduce_scatter_tensor` is deprecated",  # tensor_parallel/mappings.py
         "`torch.distributed.all_gather_into_tensor` is deprecated",  # tensor_parallel/mappings.py
+        "`load_state_dict` is deprecated",  # dist_checkpointing/strategies/torch.py:799
+        "Please use DTensor instead and we are deprecating ShardedTensor",  # the same
     ]
     if not torch.cuda.is_available():  # advice about CUDA's streams
         messages.append("When using async grad allreduce it is recommended")  # layers.py:738
@@ -114,6 +117,17 @@ def megatron_calls() -> AbstractContextManager[object]:
     Without CUDA the literal `device="cuda"` means the CPU inside; with CUDA it does nothing.
     """
     return nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+
+
+def save_in_process() -> None:
+    """Let a synchronous checkpoint hand over its results without a process of its own.
+
+    Megatron-core 0.16.1 starts a manager process for them, which outlives a killed rank and keeps
+    its stdout open (dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue).
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = SimpleQueue()
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -17,14 +17,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
-from megatron_prime.runtime.compat import megatron_calls
+from megatron_prime.runtime.compat import megatron_calls, save_in_process
 from megatron_prime.types import LoopState
 
 _LOOP_STATE = TypeAdapter(LoopState)
@@ -77,10 +75,7 @@ class RunCheckpoints:
         self.policy = policy
         self.prompts = prompts
         self.config = config
-        # Megatron-core 0.16.1 would hand results over through a process of its own, which outlives
-        # a killed rank and keeps its stdout open; a synchronous save needs none
-        # (dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue).
-        filesystem_async._results_queue = SimpleQueue()
+        save_in_process()
 
     def save(self, state: LoopState) -> None:
         """Write the checkpoint of `state.step`; collective."""

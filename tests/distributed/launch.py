@@ -57,4 +57,7 @@ def _stop(launcher: subprocess.Popen[str]) -> str:
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):  # it ended by itself
             rank.kill()
-    return launcher.communicate()[0]
+    try:
+        return launcher.communicate(timeout=30)[0]
+    except subprocess.TimeoutExpired:
+        return "(no output: a process that outlived the ranks keeps their pipe open)"
