@@ -62,6 +62,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
             engines["prm"] = prm.engine
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
+        note_start(config, config.run.folder, ranks)  # not of a start that was refused
         recorder = stack.enter_context(
             RunRecorder(config.run.folder, config.run.steps, ranks.rank, resume_step=state.step)
         )
@@ -98,6 +99,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
 def sft(config: RunConfig, here: Rendezvous) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
     with training_session(config, here) as ranks:
+        note_start(config, config.run.folder, ranks)
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
@@ -119,7 +121,8 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
 def evaluate(config: RunConfig, here: Rendezvous) -> None:
     """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
     folder = config.run.folder / "evaluation"
-    with session(config, here, folder, tp=1, pp=1) as ranks, ExitStack() as stack:
+    with session(config, here, tp=1, pp=1) as ranks, ExitStack() as stack:
+        note_start(config, folder, ranks)
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
@@ -135,18 +138,19 @@ def evaluate(config: RunConfig, here: Rendezvous) -> None:
 
 
 @contextmanager
-def session(
-    config: RunConfig, here: Rendezvous, folder: Path, tp: int, pp: int
-) -> Iterator[WorldRanks]:
-    """The process groups of a run, and its provenance in `folder`."""
+def session(config: RunConfig, here: Rendezvous, tp: int, pp: int) -> Iterator[WorldRanks]:
+    """The process groups of a run."""
     initialize(here, tp, pp, config.run.seed, config.run.timeout_s)
     try:
-        ranks = WorldRanks(config.run.timeout_s)
-        if ranks.rank == 0:
-            write_provenance(folder, config, ranks.world_size)
-        yield ranks
+        yield WorldRanks(config.run.timeout_s)
     finally:
         destroy()
+
+
+def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
+    """Write what starts now into `folder`."""
+    if ranks.rank == 0:
+        write_provenance(folder, config, ranks.world_size)
 
 
 @contextmanager
@@ -154,7 +158,7 @@ def training_session(config: RunConfig, here: Rendezvous) -> Iterator[WorldRanks
     """A session with Megatron models, whose options are checked before any group starts."""
     shape = ModelShape.from_hf(config.model.hf, config.tp)
     transformer_config(shape, config.model.precision, config.megatron)
-    with session(config, here, config.run.folder, config.tp, config.pp) as ranks:
+    with session(config, here, config.tp, config.pp) as ranks:
         yield ranks
 
 
