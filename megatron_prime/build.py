@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
-from megatron_prime.config import BatchSection, RunConfig
+from megatron_prime.config import BatchSection, ParallelSizes, RunConfig
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
@@ -87,7 +87,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
             state,
         )
         exported = config.run.folder / "hf"
-        export_hf(policy.engine.module, policy.engine.shape, config.model.hf, exported)
+        export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
         if ranks.rank == 0:
             from megatron_prime.report.curves import draw_curves  # only here: matplotlib is slow
 
@@ -105,15 +105,15 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
         kept, dropped = len(conversations.examples), conversations.dropped_long
         report_dropped(config.sft.data, kept, dropped, "sft.max_length")
-        shape = ModelShape.from_hf(config.model.hf, config.tp)
-        model = build_model(shape, config.model.precision, config.megatron)
+        shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
+        chunks = build_model(shape, config.model.precision, config.megatron)
         if config.sft.init == "pretrained":
-            load_hf(model, config.model.hf, shape)
-        engine = TrainableEngine(model, shape, config.sft, 1.0, config.sft.steps)
+            load_hf(chunks, config.model.hf, shape)
+        engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps)
         with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
             sft_stage.run(config, engine, conversations.examples, recorder)
         output = config.sft.output or config.run.folder / "hf"
-        export_hf(engine.module, shape, config.model.hf, output)
+        export_hf(engine.modules, shape, config.model.hf, output)
         if ranks.rank == 0:
             print(f"fine-tuned model: {output}")
 
@@ -121,7 +121,7 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
 def evaluate(config: RunConfig, here: Rendezvous) -> None:
     """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
     folder = config.run.folder / "evaluation"
-    with session(config, here, tp=1, pp=1) as ranks, ExitStack() as stack:
+    with session(config, here, ParallelSizes()) as ranks, ExitStack() as stack:
         note_start(config, folder, ranks)
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
@@ -138,9 +138,9 @@ def evaluate(config: RunConfig, here: Rendezvous) -> None:
 
 
 @contextmanager
-def session(config: RunConfig, here: Rendezvous, tp: int, pp: int) -> Iterator[WorldRanks]:
+def session(config: RunConfig, here: Rendezvous, sizes: ParallelSizes) -> Iterator[WorldRanks]:
     """The process groups of a run."""
-    initialize(here, tp, pp, config.run.seed, config.run.timeout_s)
+    initialize(here, sizes, config.run.seed, config.run.timeout_s)
     try:
         yield WorldRanks(config.run.timeout_s)
     finally:
@@ -156,9 +156,9 @@ def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
 @contextmanager
 def training_session(config: RunConfig, here: Rendezvous) -> Iterator[WorldRanks]:
     """A session with Megatron models, whose options are checked before any group starts."""
-    shape = ModelShape.from_hf(config.model.hf, config.tp)
+    shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
     transformer_config(shape, config.model.precision, config.megatron)
-    with session(config, here, config.tp, config.pp) as ranks:
+    with session(config, here, config.parallel) as ranks:
         yield ranks
 
 
@@ -166,22 +166,22 @@ def trained(
     config: RunConfig, hf: Path, knobs: BatchSection, temperature: float
 ) -> TrainableEngine:
     """A model with optimizer, from a Hugging Face checkpoint."""
-    model, shape = loaded(config, hf)
-    return TrainableEngine(model, shape, knobs, temperature, config.run.steps)
+    chunks, shape = loaded(config, hf)
+    return TrainableEngine(chunks, shape, knobs, temperature, config.run.steps)
 
 
 def frozen(config: RunConfig, hf: Path) -> Engine:
     """A model for log-probs only, cut into the PRM's micro-batches."""
-    model, shape = loaded(config, hf)
-    return Engine(model, shape, config.prm.micro_batch_tokens, temperature=1.0)
+    chunks, shape = loaded(config, hf)
+    return Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
 
 
-def loaded(config: RunConfig, hf: Path) -> tuple[Any, ModelShape]:
-    """This rank's shard of the model in `hf`."""
-    shape = ModelShape.from_hf(hf, config.tp)
-    model = build_model(shape, config.model.precision, config.megatron)
-    load_hf(model, hf, shape)
-    return model, shape
+def loaded(config: RunConfig, hf: Path) -> tuple[list[Any], ModelShape]:
+    """This rank's parts of the model in `hf`."""
+    shape = ModelShape.from_hf(hf, config.parallel.tp)
+    chunks = build_model(shape, config.model.precision, config.megatron)
+    load_hf(chunks, hf, shape)
+    return chunks, shape
 
 
 def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalEngine:

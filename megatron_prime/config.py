@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,21 @@ FilePath = Annotated[Path, Field(strict=False)]
 
 class ConfigError(RunError, ValueError):
     """A configuration that can't run; the message lists every problem with its knob."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSizes:
+    """How many ranks a replica of the model is split over."""
+
+    tp: int = 1  # tensor-parallel
+    pp: int = 1  # pipeline stages
+    cp: int = 1  # context-parallel
+    vpp: int = 1  # virtual stages on each pipeline stage; 1: no interleaving
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one replica together."""
+        return self.tp * self.pp * self.cp
 
 
 class Section(BaseModel):
@@ -292,14 +308,15 @@ class RunConfig(Section):
         return {**data, "advantage": {**preset, **given}} if isinstance(given, dict) else data
 
     @property
-    def tp(self) -> int:
-        """Tensor-parallel size."""
-        return int(self.megatron.get("tensor_model_parallel_size", 1))
-
-    @property
-    def pp(self) -> int:
-        """Pipeline-parallel size."""
-        return int(self.megatron.get("pipeline_model_parallel_size", 1))
+    def parallel(self) -> ParallelSizes:
+        """How `[megatron]` splits each model."""
+        virtual = self.megatron.get("virtual_pipeline_model_parallel_size")
+        return ParallelSizes(
+            tp=self.megatron.get("tensor_model_parallel_size", 1),
+            pp=self.megatron.get("pipeline_model_parallel_size", 1),
+            cp=self.megatron.get("context_parallel_size", 1),
+            vpp=1 if virtual is None else virtual,
+        )
 
     @property
     def uses_prm(self) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 
 from megatron_prime.config import BatchSection, ConfigError, RunConfig
 
-MODEL_TYPES = ("qwen2",)  # what `weights/names.py` has a map of names for
+# What `weights/names.py` has a map of names for: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+CP, VPP = "context_parallel_size", "virtual_pipeline_model_parallel_size"
 
 # What Megatron can do and this project can't yet: the only value that runs, and why.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "context_parallel_size": (1, "log-probs are taken of whole sequences"),
-    "virtual_pipeline_model_parallel_size": (None, "a rank holds one part of the model"),
     "expert_model_parallel_size": (1, "only dense models are supported"),
     "num_moe_experts": (None, "only dense models are supported"),
 }
@@ -101,18 +101,24 @@ def _unsupported(config: RunConfig) -> Iterator[str]:
 
 
 def _sizes(config: RunConfig) -> Iterator[str]:
-    for option in (TP, PP):
+    for option in (TP, PP, CP, VPP):
         found = config.megatron.get(option, 1)
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             yield f"megatron.{option}: found {found!r}, wanted a whole number above 0"
+        elif option == VPP and found > 1 and config.parallel.pp == 1:
+            yield (
+                f"megatron.{VPP}: found {found} without pipeline stages; remove it, or set "
+                f"megatron.{PP} to 2 or more"
+            )
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    replica = config.tp * config.pp
-    if world_size is not None and world_size % replica:
+    sizes = config.parallel
+    if world_size is not None and world_size % sizes.replica:
         yield (
-            f"megatron.{TP}, megatron.{PP}: found {config.tp} * {config.pp} = {replica} ranks per "
-            f"replica, which does not divide the run's {world_size} ranks; change one of the three"
+            f"megatron.{TP}, megatron.{PP}, megatron.{CP}: found {sizes.tp} * {sizes.pp} * "
+            f"{sizes.cp} = {sizes.replica} ranks per replica, which does not divide the run's "
+            f"{world_size} ranks; change one of them"
         )
 
 
@@ -133,12 +139,16 @@ def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) 
             f"supported: {', '.join(MODEL_TYPES)}"
         )
         return
+    sizes = config.parallel
+    stages = f"{PP} * megatron.{VPP}" if sizes.vpp > 1 else PP
     parts = {
-        "num_attention_heads": (TP, config.tp),
-        "num_key_value_heads": (TP, config.tp),
-        "intermediate_size": (TP, config.tp),
-        "num_hidden_layers": (PP, config.pp),
+        "num_attention_heads": (TP, sizes.tp),
+        "num_key_value_heads": (TP, sizes.tp),
+        "intermediate_size": (TP, sizes.tp),
+        "num_hidden_layers": (stages, sizes.pp * sizes.vpp),
     }
+    if "num_attention_heads" in model:  # older Llamas say nothing of groups
+        model.setdefault("num_key_value_heads", model["num_attention_heads"])
     if missing := [key for key in (*parts, "max_position_embeddings") if key not in model]:
         yield f"{knob}: {path} lacks {', '.join(missing)}; is it a whole checkpoint?"
         return
@@ -148,12 +158,22 @@ def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) 
                 f"megatron.{option}: found {size}, which does not divide {key} = {model[key]} "
                 f"of {knob}"
             )
-    room = model["max_position_embeddings"]
+    room = max_positions(model)
     if sum(lengths.values()) > room:
         yield (
-            f"{_sum(lengths)} tokens, more than max_position_embeddings = {room} of {knob}; "
-            "lower it"
+            f"{_sum(lengths)} tokens, more than the {room} of max_position_embeddings or "
+            f"sliding_window of {knob}; lower it"
         )
+
+
+def max_positions(model: dict[str, Any]) -> int:
+    """The longest sequence that the model of this config.json attends to as a whole.
+
+    A sliding window bounds it: up to that length it hides nothing.
+    """
+    windowed = model.get("use_sliding_window", True)  # Mistral's has no switch
+    window = (model.get("sliding_window") if windowed else None) or model["max_position_embeddings"]
+    return int(min(model["max_position_embeddings"], window))
 
 
 def _longest(config: RunConfig) -> dict[str, int]:
@@ -199,22 +219,29 @@ def _batches(
 def _shares(
     table: str, knobs: BatchSection, config: RunConfig, world_size: int | None
 ) -> Iterator[str]:
-    replicas = max(1, (world_size or 1) // (config.tp * config.pp))
+    sizes = config.parallel
+    replicas = max(1, (world_size or 1) // sizes.replica)
     if knobs.mini_batch_size % replicas:
         yield (
             f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of the "
             f"{replicas} data-parallel replicas"
+        )
+    elif sizes.vpp > 1 and knobs.mini_batch_size < replicas * sizes.pp:
+        yield (
+            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted {replicas * sizes.pp} "
+            f"or more: with megatron.{VPP} each of the {replicas} data-parallel replicas needs a "
+            f"rollout for each of {sizes.pp} pipeline stages"
         )
 
 
 def _micro_batch(
     table: str, knobs: BatchSection, config: RunConfig, lengths: dict[str, int]
 ) -> Iterator[str]:
-    longest = sum(lengths.values())
-    if config.megatron.get("sequence_parallel"):
-        longest += -longest % config.tp  # rows are padded so that tp ranks can share them
+    cp = config.parallel.cp
+    longest = -(-sum(lengths.values()) // (2 * cp)) * 2 if cp > 1 else sum(lengths.values())
     if knobs.micro_batch_tokens < longest:
         yield (
             f"{table}.micro_batch_tokens: found {knobs.micro_batch_tokens}, wanted {longest} or "
-            f"more: one sequence must fit ({' + '.join(lengths)})"
+            f"more: one sequence must fit ({' + '.join(lengths)}"
+            f"{f', over {cp} context-parallel ranks' if cp > 1 else ''})"
         )

@@ -11,6 +11,7 @@ from megatron_prime.config import (
     ADVANTAGE_PRESETS,
     AdvantageOptions,
     ConfigError,
+    ParallelSizes,
     RunConfig,
     Section,
     describe,
@@ -56,7 +57,8 @@ def test_three_paths_are_a_whole_config_with_the_released_values(toml):
         0.2,
     )
     assert (config.prm.lr, config.prm.beta, config.prm.clip_grad) == (1e-6, 0.05, 10.0)
-    assert (config.tp, config.pp, config.uses_prm) == (1, 1, True)
+    assert config.parallel == ParallelSizes()
+    assert config.uses_prm
 
 
 def test_values_of_the_file_are_taken(toml):
@@ -76,7 +78,7 @@ def test_values_of_the_file_are_taken(toml):
         0.1,
     )
     assert config.prm.hf == Path("models/prm")
-    assert (config.tp, config.pp) == (4, 2)
+    assert config.parallel == ParallelSizes(tp=4, pp=2)
     assert config.megatron["recompute_granularity"] == "full"
 
 

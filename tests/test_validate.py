@@ -80,7 +80,12 @@ IMPOSSIBLE = {
     "kv heads": ({"megatron": {TENSOR: 3}}, 3, TENSOR, "num_key_value_heads = 4"),
     "ffn": ({"megatron": {TENSOR: 3}}, 3, TENSOR, "intermediate_size = 512"),
     "layers": ({"megatron": {PIPELINE: 4}}, 4, PIPELINE, "num_hidden_layers = 6"),
-    "ranks": ({"megatron": {TENSOR: 2, PIPELINE: 2}}, 6, TENSOR, r"2 \* 2 = 4 ranks .* 6 ranks"),
+    "ranks": (
+        {"megatron": {TENSOR: 2, PIPELINE: 2}},
+        6,
+        TENSOR,
+        r"2 \* 2 \* 1 = 4 ranks .* 6 ranks",
+    ),
     "group": ({"rollout": {"group_size": 1}}, None, "rollout.group_size", "found 1, wanted 2"),
     "policy batch": (
         {"policy": {"mini_batch_size": 48}},
@@ -110,7 +115,7 @@ IMPOSSIBLE = {
         {"data": {"max_prompt_length": 57}, "policy": {"micro_batch_tokens": 257}},
         None,
         "data.max_prompt_length, rollout.max_response_length",
-        "57 \\+ 200 = 257 tokens, more than max_position_embeddings = 256",
+        "57 \\+ 200 = 257 tokens, more than the 256 of max_position_embeddings",
     ),
     "micro-batch": (
         {"policy": {"micro_batch_tokens": 255}},
@@ -118,27 +123,38 @@ IMPOSSIBLE = {
         "policy.micro_batch_tokens",
         "found 255, wanted 256 or more",
     ),
-    "sequence parallel": (
-        {
-            "data": {"max_prompt_length": 55},
-            "prm": {"micro_batch_tokens": 255},
-            "megatron": {TENSOR: 4, "sequence_parallel": True},
-        },
+    "micro-batch over context-parallel ranks": (
+        {"prm": {"micro_batch_tokens": 127}, "megatron": {"context_parallel_size": 2}},
         None,
         "prm.micro_batch_tokens",
-        "found 255, wanted 256 or more",
+        "found 127, wanted 128 or more: .* over 2 context-parallel ranks",
     ),
     "context": (
-        {"megatron": {"context_parallel_size": 2}},
-        None,
+        {"megatron": {"context_parallel_size": 3}},
+        4,
         "megatron.context_parallel_size",
-        "found 2, not supported \\(.*whole sequences",
+        "found 1 . 1 . 3 = 3 ranks per replica, which does not divide the run's 4",
     ),
-    "virtual": (
+    "virtual stages without stages": (
         {"megatron": {"virtual_pipeline_model_parallel_size": 2}},
         None,
         "megatron.virtual_pipeline_model_parallel_size",
-        "found 2, not supported",
+        "found 2 without pipeline stages",
+    ),
+    "virtual stages and layers": (
+        {"megatron": {PIPELINE: 2, "virtual_pipeline_model_parallel_size": 5}},
+        None,
+        f"megatron.{PIPELINE} * megatron.virtual_pipeline_model_parallel_size",
+        "found 10, which does not divide num_hidden_layers = ",
+    ),
+    "virtual stages and rollouts": (
+        {
+            "prm": {"mini_batch_size": 2},
+            "megatron": {PIPELINE: 2, "virtual_pipeline_model_parallel_size": 2},
+        },
+        4,
+        "prm.mini_batch_size",
+        "found 2, wanted 4 or more: with",
     ),
     "experts": (
         {"megatron": {"expert_model_parallel_size": 2}},
@@ -185,7 +201,10 @@ def test_an_outcome_only_run_needs_nothing_of_the_prm(config, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model_type": "gpt2"}', r"found model_type 'gpt2' .*supported: qwen2"),
+        (
+            '{"model_type": "gpt2"}',
+            r"found model_type 'gpt2' .*supported: llama, mistral, qwen2, qwen3",
+        ),
         ('{"model_type": "qwen2", "num_hidden_layers": 6}', "lacks num_attention_heads, num_key"),
         ("<html>", "is not JSON"),
     ],
@@ -213,7 +232,7 @@ def test_all_problems_are_reported_at_once(config, tmp_path):
     )
     knobs = [line.partition(":")[0] for line in found]
     assert knobs == [
-        f"megatron.{TENSOR}, megatron.{PIPELINE}",
+        f"megatron.{TENSOR}, megatron.{PIPELINE}, megatron.context_parallel_size",
         f"megatron.{TENSOR}",  # attention heads
         f"megatron.{TENSOR}",  # key/value heads
         f"megatron.{PIPELINE}",

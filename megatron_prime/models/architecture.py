@@ -34,15 +34,13 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 FIXED: dict[str, Any] = {
     "hidden_dropout": 0.0,  # the ratio of two policies must not contain dropout's noise
     "attention_dropout": 0.0,
-    "variable_seq_lengths": True,  # micro-batches are as long as their longest row
-    "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it of dense models too
+    # Packs of one pipeline are equally long; exchanging shapes can hang with virtual stages.
+    "variable_seq_lengths": False,
     "calculate_per_token_loss": False,  # the engine's losses are already shares of the batch's
-    "context_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
     "num_moe_experts": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
-    "qk_layernorm": False,
+    "hierarchical_context_parallel_sizes": None,
 }
 
 # Fused CUDA kernels and CUDA streams: not on a CPU, whatever `[megatron]` says.
@@ -112,6 +110,7 @@ def _shape_options(shape: ModelShape, precision: Precision) -> dict[str, Any]:
         "ffn_hidden_size": shape.ffn_size,
         "layernorm_epsilon": shape.norm_eps,
         "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
         "add_bias_linear": False,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -134,35 +133,48 @@ def _division_problems(shape: ModelShape, megatron: Mapping[str, Any]) -> list[s
     ]
 
 
-def build_model(shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]) -> GPTModel:
-    """This rank's part of the model, on its device; the process groups must stand.
+def build_model(
+    shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]
+) -> list[GPTModel]:
+    """This rank's parts of the model, on its device; the process groups must stand.
 
-    Its forward takes tokens and positions [b, S] and gives logits [b, S, V / tp] on the last
-    pipeline stage. The weights are Megatron's random ones until `weights.load.load_hf` or a
-    checkpoint replaces them. Raises ConfigError as `transformer_config`.
+    One part, or with virtual pipeline stages one for each, in the order of their layers. A part's
+    forward takes a pack of tokens [1, S] and gives logits [1, S, V / tp] on the last pipeline
+    stage. The weights are Megatron's random ones until `weights.load.load_hf` or a checkpoint
+    replaces them. Raises ConfigError as `transformer_config`.
     """
     config = transformer_config(shape, precision, megatron)
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages = range(virtual) if virtual else [None]
     with megatron_calls():
-        model = GPTModel(
-            config,
-            _layers(config),
-            vocab_size=shape.padded_vocab_size,
-            max_sequence_length=shape.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
-        )
-        return model.to(torch.cuda.current_device())
+        return [_part(shape, config, stage) for stage in stages]
 
 
-def _layers(config: TransformerConfig) -> Any:
+def _part(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = GPTModel(
+        config,
+        _layers(config, vp_stage),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
+    )
+    return model.to(torch.cuda.current_device())
+
+
+def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:
     if config.transformer_impl == "local":
-        return torch_block_spec(config)
+        return torch_block_spec(config, vp_stage)
     if find_spec("transformer_engine") is None:
         raise ConfigError(
             "Transformer Engine is not installed: pip install transformer-engine[pytorch], or set "
             'megatron.transformer_impl = "local" for plain torch layers'
         )
-    return get_gpt_layer_with_transformer_engine_spec()
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

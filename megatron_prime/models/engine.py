@@ -29,13 +29,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as exempt_norms_and_biases
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prime.config import BatchSection
 from megatron_prime.errors import NotFinite
 from megatron_prime.models.architecture import ModelShape
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
-from megatron_prime.models.micro_batch import MicroBatch, cut
+from megatron_prime.models.micro_batch import Grid, MicroBatch, cut
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import TokenSequence
 
@@ -69,19 +71,18 @@ class StepResult:
 
 
 class Engine:
-    """One model, frozen or trained: this rank's shard of it and its place in the pipeline."""
+    """One model, frozen or trained: this rank's shards of it and their place in the pipeline."""
 
-    def __init__(self, model: Any, shape: ModelShape, max_tokens: int, temperature: float) -> None:
-        self.model = model
+    def __init__(
+        self, chunks: Sequence[Any], shape: ModelShape, max_tokens: int, temperature: float
+    ) -> None:
+        """`chunks` as `build_model` makes them, one for each virtual pipeline stage."""
+        self.modules = tuple(chunks)  # the GPTModels themselves, out of any wrapper
+        self.chunks = list(chunks)
         self.shape = shape
-        self.max_tokens = max_tokens  # of one micro-batch, padding included
+        self.max_tokens = max_tokens  # of one micro-batch on one rank
         self.temperature = temperature  # logits are divided by it
-        self.device = next(model.parameters()).device
-
-    @property
-    def module(self) -> Any:
-        """The GPTModel itself, out of any wrapper."""
-        return getattr(self.model, "module", self.model)
+        self.grid = grid_of(chunks[0].config, next(chunks[0].parameters()).device)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -93,35 +94,29 @@ class Engine:
         self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss | None
     ) -> list[Forward]:
         """Run Megatron's schedule over `rows`; outputs exist on the last pipeline stage only."""
-        dp_size = parallel_state.get_data_parallel_world_size()
-        config = self.module.config
-        micro_batches = cut(
-            sequences,
-            rows,
-            parallel_state.get_data_parallel_rank(),
-            dp_size,
-            self.max_tokens,
-            config.pipeline_model_parallel_size,
-            config.tensor_model_parallel_size if config.sequence_parallel else 1,
-            self.device,
-        )
-        share = float(len(micro_batches) * dp_size)
+        micro_batches = cut(sequences, rows, self.max_tokens, self.grid)
+        share = float(len(micro_batches) * self.grid.dp_size)
 
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
             output = model(
-                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None
+                input_ids=batch.tokens,
+                position_ids=batch.positions,
+                attention_mask=None,
+                packed_seq_params=batch.pack,
             )
             return output, partial(self._after_forward, batch, loss, share)
 
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        virtual = len(self.chunks) > 1
         with megatron_calls():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(micro_batches),
-                model=self.model,
+                data_iterator=iterators if virtual else iterators[0],
+                model=self.chunks if virtual else self.chunks[0],
                 num_microbatches=len(micro_batches),
-                seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
-                micro_batch_size=max(batch.tokens.shape[0] for batch in micro_batches),
+                seq_length=micro_batches[0].tokens.shape[1] * self.grid.cp_size,
+                micro_batch_size=1,
                 forward_only=loss is None,
                 collect_non_loss_data=loss is None,
             )
@@ -131,17 +126,23 @@ class Engine:
         batch: MicroBatch,
         loss: Loss | None,
         share: float,
-        logits: Tensor,  # [b, S, V / tp]
+        logits: Tensor,  # [1, S, V / tp]
         non_loss_data: bool = False,
     ) -> Any:
         """What the last stage does with logits: log-probs, entropy and, in training, the loss."""
-        index = batch.predicts_at[..., None].expand(-1, -1, logits.shape[-1])
-        logprobs, entropy = vocab_parallel_logprobs_and_entropy(
-            logits.gather(1, index).float() / self.temperature,
+        found = vocab_parallel_logprobs_and_entropy(
+            logits[0].index_select(0, batch.predicts_at).float() / self.temperature,
             batch.targets,
             self.shape.vocab_size,
             parallel_state.get_tensor_model_parallel_group(),
         )
+        both = logits.new_zeros(2, len(batch.rows) * batch.width, dtype=torch.float32)
+        both = both.index_copy(1, batch.slots, torch.stack(found))
+        if self.grid.cp_size > 1:  # each rank has found its own tokens'; the loss wants whole rows
+            both = reduce_from_tensor_model_parallel_region(
+                both, group=parallel_state.get_context_parallel_group()
+            )
+        logprobs, entropy = both.unflatten(1, (-1, batch.width))
         forward = Forward(batch.rows, logprobs, entropy)
         if non_loss_data or loss is None:
             return forward
@@ -154,14 +155,16 @@ class Engine:
     ) -> tuple[Tensor, Tensor, float]:
         """Log-probs and entropy [N, T] and the summed loss, brought together on every rank.
 
-        Each row lives on one data-parallel rank's last stage, so a sum over all ranks with zeros
+        Each row lives on one data-parallel replica's last stage, so a sum over all ranks with zeros
         everywhere else is exact.
         """
+        device = self.grid.device
         lengths = torch.tensor([sequence.response_length for sequence in sequences])
         inside = torch.arange(int(lengths.max())) < lengths[:, None]
-        both = torch.zeros(2, *inside.shape, device=self.device)
-        loss = torch.zeros(1, dtype=torch.float64, device=self.device)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        both = torch.zeros(2, *inside.shape, device=device)
+        loss = torch.zeros(1, dtype=torch.float64, device=device)
+        # Tensor- and context-parallel neighbours have the same: one of them speaks.
+        if parallel_state.get_tensor_model_parallel_rank() == self.grid.cp_rank == 0:
             for output in outputs:
                 width = output.logprobs.shape[1]
                 both[0, output.rows, :width] = output.logprobs
@@ -178,14 +181,14 @@ class TrainableEngine(Engine):
 
     def __init__(
         self,
-        model: Any,
+        chunks: Sequence[Any],
         shape: ModelShape,
         knobs: BatchSection,
         temperature: float,
         total_steps: int,
     ) -> None:
-        super().__init__(model, shape, knobs.micro_batch_tokens, temperature)
-        on_gpu = self.device.type == "cuda"
+        super().__init__(chunks, shape, knobs.micro_batch_tokens, temperature)
+        on_gpu = self.grid.device.type == "cuda"
         # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0003).
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -193,11 +196,13 @@ class TrainableEngine(Engine):
             overlap_grad_reduce=on_gpu,
         )
         with megatron_calls():
-            self.model = DistributedDataParallel(model.config, ddp, model)
-            self.optimizer = make_optimizer(self.model, knobs, on_gpu)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.no_sync_func = self.model.no_sync
-        model.config.grad_scale_func = self.optimizer.scale_loss
+            self.chunks = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+            self.optimizer = make_optimizer(self.chunks, knobs, on_gpu)
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        config = chunks[0].config  # one object for all chunks
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -226,7 +231,8 @@ class TrainableEngine(Engine):
         Raises NotFinite on every rank, before any weight changes, when the loss or a gradient is
         not finite on any.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._schedule(sequences, rows, loss)
         logprobs, entropy, value = self._assemble(outputs, sequences)
@@ -242,7 +248,9 @@ class TrainableEngine(Engine):
 
     def _gradients_are_finite(self) -> bool:
         """The same answer on every rank."""
-        finite = [buffer.grad_data.isfinite().all() for buffer in self.model.buffers]
+        finite = [
+            buffer.grad_data.isfinite().all() for chunk in self.chunks for buffer in chunk.buffers
+        ]
         broken = (~torch.stack(finite).all()).float()
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)
         return not bool(broken)
@@ -250,7 +258,10 @@ class TrainableEngine(Engine):
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""
         with megatron_calls():
-            model = self.module.sharded_state_dict(metadata=_RESHARDABLE)
+            model = {
+                f"chunk{i}": module.sharded_state_dict(metadata=_RESHARDABLE)
+                for i, module in enumerate(self.modules)
+            }
             optimizer = self.optimizer.sharded_state_dict(
                 model, is_loading=is_loading, metadata=_RESHARDABLE
             )
@@ -259,14 +270,31 @@ class TrainableEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_state_dict` described and a checkpoint filled in."""
         with megatron_calls():
-            self.module.load_state_dict(state["model"])
+            for i, module in enumerate(self.modules):
+                module.load_state_dict(state["model"][f"chunk{i}"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
 
-def make_optimizer(model: Any, knobs: BatchSection, distributed: bool) -> Any:
+def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
+    """This rank's place in data, context and pipeline parallelism, as far as micro-batches care."""
+    stages = config.pipeline_model_parallel_size
+    return Grid(
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        at_least=stages,
+        multiple=stages if config.virtual_pipeline_model_parallel_size else 1,
+        equal=stages > 1,
+        token_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        device=device,
+    )
+
+
+def make_optimizer(chunks: list[Any], knobs: BatchSection, distributed: bool) -> Any:
     """Megatron's AdamW; norms and biases are exempt from weight decay."""
-    dtype = next(model.parameters()).dtype
+    dtype = next(chunks[0].parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=knobs.lr,
@@ -280,4 +308,4 @@ def make_optimizer(model: Any, knobs: BatchSection, distributed: bool) -> Any:
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, [model], exempt_norms_and_biases(config))
+    return get_megatron_optimizer(config, chunks, exempt_norms_and_biases(config))

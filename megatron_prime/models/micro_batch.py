@@ -1,6 +1,13 @@
-"""From rows of ragged sequences to the padded tensors of one pipeline micro-batch.
+"""From rows of ragged sequences to the packed tensors of one pipeline micro-batch.
 
-Sequences start at position 0 and are padded on the right, so a causal model never sees the padding.
+Sequences lie one after the other in a single row of tokens (Megatron's THD format), each with
+positions from 0, and attention stays inside each: so no token is spent on padding. Only two things
+pad. Context parallelism cuts every sequence into 2 * cp chunks and gives rank r the chunks r and
+2 * cp - 1 - r (one early, one late: causal attention is equal work for all), so sequences are
+padded on the right to a multiple of 2 * cp. Sequence parallelism and FP8 want the pack's length to
+be a multiple of something, and a pipeline wants all its packs equally long (its stages then need
+not tell each other shapes before each tensor), so a last sequence of nothing fills them up.
+
 The logits at position p predict token p + 1: response token t of a row is predicted at position
 `prompt_length - 1 + t`, and only those positions' logits are ever turned into log-probs.
 """
@@ -9,67 +16,110 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
 
 from megatron_prime.data.packing import plan_micro_batches
+from megatron_prime.models.packed_attention import Pack
 from megatron_prime.types import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """How micro-batches are cut for this rank's place among all ranks."""
+
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    at_least: int  # micro-batches of a rank, where there are rows enough
+    multiple: int  # what their number must be a multiple of
+    equal: bool  # whether all packs of a rank must be equally long
+    token_multiple: int  # what the tokens of one context-parallel rank must be a multiple of
+    device: torch.device
+
+    def sequence_length(self, tokens: int) -> int:
+        """Tokens that a sequence of `tokens` takes up in a pack."""
+        return _up(tokens, 2 * self.cp_size if self.cp_size > 1 else 1)
+
+    def pack_length(self, tokens: int) -> int:
+        """The length of a pack of sequences that take up `tokens`."""
+        chunks = 2 * self.cp_size if self.cp_size > 1 else 1
+        return _up(tokens, lcm(chunks, self.cp_size * self.token_multiple))
+
+
+def _up(length: int, multiple: int) -> int:
+    return length + -length % multiple
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """b rows of S tokens each, of which up to T per row are response tokens."""
+    """b sequences as S tokens on this context-parallel rank, n of them before a response token.
+
+    T is the longest response among the b.
+    """
 
     rows: Tensor  # int64 [b], rows of the batch this was cut from
-    tokens: Tensor  # int64 [b, S]
-    positions: Tensor  # int64 [b, S]
-    predicts_at: Tensor  # int64 [b, T], position whose logits predict response token t
-    targets: Tensor  # int64 [b, T], the response tokens; 0 beyond a row's response
+    tokens: Tensor  # int64 [1, S]
+    positions: Tensor  # int64 [1, S], within each sequence
+    pack: Pack
+    predicts_at: Tensor  # int64 [n], where in S the logits predict a response token
+    targets: Tensor  # int64 [n], those response tokens
+    slots: Tensor  # int64 [n], where in the flattened [b, T] their log-probs belong
+    width: int  # T
 
 
 def make_micro_batch(
-    sequences: Sequence[TokenSequence], rows: Sequence[int], multiple: int, device: torch.device
+    sequences: Sequence[TokenSequence], rows: Sequence[int], length: int, grid: Grid
 ) -> MicroBatch:
-    """Pad `rows` of `sequences` to their longest, rounded up to `multiple` tokens."""
+    """Pack `rows` of `sequences` into `length` tokens; take this context-parallel rank's part."""
     chosen = [sequences[row] for row in rows]
-    length = max(len(sequence.token_ids) for sequence in chosen)
-    length += -length % multiple
-    tokens = torch.zeros(len(chosen), length, dtype=torch.int64)
+    lengths = [grid.sequence_length(len(sequence.token_ids)) for sequence in chosen]
+    if fill := length - sum(lengths):
+        lengths.append(fill)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    width = max(sequence.response_length for sequence in chosen)
+    tokens = torch.zeros(length, dtype=torch.int64)  # of all context-parallel ranks
+    slots = torch.full_like(tokens, -1)
     for i, sequence in enumerate(chosen):
-        tokens[i, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-    prompts = torch.tensor([sequence.prompt_length for sequence in chosen])
-    responses = torch.tensor([sequence.response_length for sequence in chosen])
-    steps = torch.arange(int(responses.max()))
-    inside = steps < responses[:, None]
-    first = prompts[:, None] + steps
-    targets = tokens.gather(1, torch.where(inside, first, 0))
+        first = int(starts[i])
+        tokens[first : first + len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
+        before = first + sequence.prompt_length - 1
+        steps = torch.arange(sequence.response_length)
+        slots[before : before + len(steps)] = i * width + steps
+    pack = Pack.of(lengths, grid.cp_rank, grid.cp_size, grid.device)
+    mine = pack.tokens_of(grid.cp_rank)
+    predicts_at = (slots[mine] >= 0).nonzero().squeeze(1)
     return MicroBatch(
-        rows=torch.tensor(list(rows), device=device),
-        tokens=tokens.to(device),
-        positions=torch.arange(length, device=device).expand(len(chosen), length).contiguous(),
-        predicts_at=torch.where(inside, first - 1, 0).to(device),
-        targets=torch.where(inside, targets, 0).to(device),
+        rows=torch.tensor(list(rows), device=grid.device),
+        tokens=tokens[mine][None].to(grid.device),
+        positions=pack.positions[mine][None].to(grid.device),
+        pack=pack,
+        predicts_at=predicts_at.to(grid.device),
+        targets=tokens[mine[predicts_at] + 1].to(grid.device),
+        slots=slots[mine[predicts_at]].to(grid.device),
+        width=width,
     )
 
 
 def cut(
-    sequences: Sequence[TokenSequence],
-    rows: Sequence[int],
-    dp_rank: int,
-    dp_size: int,
-    max_tokens: int,
-    pipeline_stages: int,
-    multiple: int,
-    device: torch.device,
+    sequences: Sequence[TokenSequence], rows: Sequence[int], max_tokens: int, grid: Grid
 ) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of `rows`: equally many and about equally large on
-    all ranks, and at least one per pipeline stage where there are rows enough."""
-    lengths = [len(sequences[row].token_ids) for row in rows]
-    padded = [length + -length % multiple for length in lengths]
-    enough = min(pipeline_stages, len(rows) // dp_size)
-    plan = plan_micro_batches(padded, dp_size, max_tokens, min_micro_batches=enough)
+    """This data-parallel rank's micro-batches of `rows`, as `plan_micro_batches` deals them.
+
+    `max_tokens` counts the tokens of one context-parallel rank, the fill of packs aside.
+    """
+    lengths = [grid.sequence_length(len(sequences[row].token_ids)) for row in rows]
+    plan = plan_micro_batches(
+        lengths, grid.dp_size, max_tokens * grid.cp_size, grid.at_least, grid.multiple
+    )
+    packs = plan[grid.dp_rank]
+    sizes = [grid.pack_length(sum(lengths[i] for i in pack)) for pack in packs]
+    if grid.equal:
+        sizes = [max(sizes)] * len(sizes)
     return [
-        make_micro_batch(sequences, [rows[i] for i in micro_batch], multiple, device)
-        for micro_batch in plan[dp_rank]
+        make_micro_batch(sequences, [rows[i] for i in pack], size, grid)
+        for pack, size in zip(packs, sizes, strict=True)
     ]

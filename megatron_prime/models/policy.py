@@ -74,4 +74,4 @@ class MegatronPolicy:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in Hugging Face names on every rank; collective."""
-        return gather_hf_tensors(self.engine.module, self.engine.shape)
+        return gather_hf_tensors(self.engine.modules, self.engine.shape)

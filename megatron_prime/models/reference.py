@@ -12,7 +12,8 @@ class MegatronReference:
     """A ScoringModel without optimizer or gradients."""
 
     def __init__(self, engine: Engine) -> None:
-        engine.model.requires_grad_(False)
+        for module in engine.modules:
+            module.requires_grad_(False)
         self.engine = engine
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:

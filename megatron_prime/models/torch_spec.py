@@ -2,8 +2,8 @@
 
 Megatron's own local layers serve, but for two modules. Its torch RMSNorm refuses sequence
 parallelism, which needs no more than a mark on the weight (its gradient is then summed over the
-tensor-parallel ranks). Its attention keeps the whole score matrix and forks a CUDA random state;
-torch's fused attention does neither.
+tensor-parallel ranks). Its attention knows neither packs nor context parallelism, and keeps the
+whole score matrix; `packed_attention.py` has torch's fused attention do the work.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
@@ -22,6 +23,8 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_prime.models.packed_attention import Pack, attend
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -34,11 +37,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class TorchAttention(MegatronModule):
-    """Causal grouped-query attention by `scaled_dot_product_attention`.
-
-    Rows must be padded on the right if at all: a causal mask then hides the padding from every
-    real token, and no other mask is needed or accepted.
-    """
+    """Causal grouped-query attention within the sequences of a pack."""
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
@@ -48,31 +47,36 @@ class TorchAttention(MegatronModule):
 
     def forward(
         self,
-        query: Tensor,  # [S, b, heads, d]
-        key: Tensor,  # [S, b, kv heads, d]
-        value: Tensor,  # [S, b, kv heads, d]
+        query: Tensor,  # [S, heads, d], this context-parallel rank's
+        key: Tensor,  # [S, kv heads, d]
+        value: Tensor,  # [S, kv heads, d]
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Pack | None = None,
     ) -> Tensor:
-        """Attend; returns [S, b, heads * d]. ValueError for anything but plain causal attention."""
-        if attention_mask is not None or attention_bias is not None or packed_seq_params:
-            raise ValueError("TorchAttention is causal only: wanted no mask, bias or packing")
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped
-        )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        """Attend; returns [S, heads * d]. ValueError without a pack, or with a mask or a bias."""
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is None:
+            raise ValueError("TorchAttention attends within packs: wanted a Pack, no mask, no bias")
+        if packed_seq_params.cp_size > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(x, group=get_context_parallel_group())
+                for x in (key, value)
+            )
+        return attend(query, key, value, packed_seq_params, self.scale)
 
 
-def torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def torch_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """This pipeline stage's layers and the final norm."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = TorchRMSNorm
     layer.submodules.pre_mlp_layernorm = TorchRMSNorm
-    layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=TorchRMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TorchRMSNorm
     )

@@ -3,7 +3,7 @@
 One process per device. torchrun or srun start them and say through environment variables how many
 there are (`rendezvous.py` reads those, for only `__main__` touches the environment); `initialize`
 makes the groups. Ranks are numbered as Megatron does: tensor-parallel neighbours first, then
-data-parallel replicas, then pipeline stages.
+context-parallel ones, data-parallel replicas, pipeline stages.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, ParallelSizes
 from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.types import Prompt, VerifiedGroup
 
 
-def initialize(rendezvous: Rendezvous, tp: int, pp: int, seed: int, timeout_s: float) -> None:
+def initialize(rendezvous: Rendezvous, sizes: ParallelSizes, seed: int, timeout_s: float) -> None:
     """Make the process group (gloo on CPU, NCCL on GPU) and Megatron's groups; seed both.
 
     `timeout_s` is how long a collective may wait for a lost rank. Pipeline stages get different
-    seeds, replicas the same one. Raises ConfigError, before any group is made, when tp * pp does
-    not divide the number of processes.
+    seeds, replicas the same one. Raises ConfigError, before any group is made, when a replica's
+    size does not divide the number of processes.
     """
     world = rendezvous.world_size
-    if tp < 1 or pp < 1 or world % (tp * pp):
+    tp, pp, cp = sizes.tp, sizes.pp, sizes.cp
+    if min(tp, pp, cp, sizes.vpp) < 1 or world % sizes.replica:
         raise ConfigError(
             f"found {world} processes, wanted a multiple of megatron.tensor_model_parallel_size "
-            f"* megatron.pipeline_model_parallel_size = {tp} * {pp}; start more processes or lower "
-            "one of them"
+            "* megatron.pipeline_model_parallel_size * megatron.context_parallel_size = "
+            f"{tp} * {pp} * {cp}; start more processes or lower one of them"
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -51,14 +52,16 @@ def initialize(rendezvous: Rendezvous, tp: int, pp: int, seed: int, timeout_s: f
         timeout=timedelta(seconds=timeout_s),
         device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
     )
-    initialize_model_parallel(tp, pp, seed, timeout_s)
+    initialize_model_parallel(sizes, seed, timeout_s)
 
 
-def initialize_model_parallel(tp: int, pp: int, seed: int, timeout_s: float) -> None:
+def initialize_model_parallel(sizes: ParallelSizes, seed: int, timeout_s: float) -> None:
     """Megatron's groups and seeds only, on an existing process group (see `initialize`)."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
         distributed_timeout_minutes=timeout_s / 60,
     )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

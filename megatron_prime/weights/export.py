@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,13 +31,13 @@ _COPIED = (
 
 
 def export_hf(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     shape: ModelShape,
     source_dir: Path,
     out_dir: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` with the config and tokenizer of `source_dir` to `out_dir`.
+    """Write the model of `chunks` with the config and tokenizer of `source_dir` to `out_dir`.
 
     Collective over all ranks; rank 0 writes, and the files are there when any rank returns. They
     appear only when all are written. ConfigError if it would overwrite `source_dir`.
@@ -46,9 +47,9 @@ def export_hf(
             f"the export would overwrite its source {source_dir}; choose another path"
         )
     if parallel_state.get_data_parallel_rank() == 0:  # the replica of rank 0
-        tensors = gather_hf_tensors(model, shape)
+        tensors = gather_hf_tensors(chunks, shape)
         if dist.get_rank() == 0:
-            dtype = next(model.parameters()).dtype
+            dtype = next(chunks[0].parameters()).dtype
             write_hf_checkpoint(tensors, _other_files(source_dir, dtype), out_dir, shard_bytes)
         else:
             for _ in tensors:  # take part in the collectives

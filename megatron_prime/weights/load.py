@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from megatron_prime.weights.shape import ModelShape
 
 
 @torch.no_grad()
-def load_hf(model: torch.nn.Module, hf_dir: Path, shape: ModelShape) -> None:
-    """Fill all parameters of `model`, this rank's part of a GPTModel, from `hf_dir`.
+def load_hf(chunks: Sequence[torch.nn.Module], hf_dir: Path, shape: ModelShape) -> None:
+    """Fill all parameters of `chunks`, this rank's parts of a GPTModel, from `hf_dir`.
 
     No communication: every rank reads its slices of the files, and a tied output layer of the last
     pipeline stage reads the embedding. Values are converted to the parameters' type. Raises
@@ -28,7 +29,7 @@ def load_hf(model: torch.nn.Module, hf_dir: Path, shape: ModelShape) -> None:
     )
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for entry, parameter, _ in parameters_by_entry(model, shape):
+    for entry, parameter, _ in parameters_by_entry(chunks, shape):
         parts = [
             checkpoint.read(name, part_of(entry.layout, checkpoint.size(name), shape, tp, rank))
             for name in entry.hf

@@ -8,7 +8,7 @@ Transformer Engine fuses each norm into the linear layer behind it and names it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,16 +27,11 @@ class Entry:
     layout: Layout
 
 
-_QWEN2_LAYER = (
+_LLAMA_LAYER = (
     Entry("input_layernorm.weight", ("input_layernorm.weight",), Layout.WHOLE),
     Entry(
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        Layout.QKV,
-    ),
-    Entry(
-        "self_attention.linear_qkv.bias",
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         Layout.QKV,
     ),
     Entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Layout.COLUMNS),
@@ -44,11 +39,25 @@ _QWEN2_LAYER = (
     Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Layout.GATE_UP),
     Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Layout.COLUMNS),
 )
+_QKV_BIAS = Entry(
+    "self_attention.linear_qkv.bias",
+    ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    Layout.QKV,
+)
+_QK_NORMS = (
+    Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Layout.WHOLE),
+    Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Layout.WHOLE),
+)
 _EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCAB)
 _FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Layout.WHOLE)
 _OUTPUT = Entry("output_layer.weight", ("lm_head.weight",), Layout.VOCAB)
 
-_LAYERS = {"qwen2": _QWEN2_LAYER}  # by ModelShape.family
+_LAYERS = {  # by ModelShape.family
+    "llama": _LLAMA_LAYER,
+    "mistral": _LLAMA_LAYER,
+    "qwen2": (*_LLAMA_LAYER, _QKV_BIAS),
+    "qwen3": (*_LLAMA_LAYER, *_QK_NORMS),
+}
 
 _TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -71,7 +80,7 @@ def entries(shape: ModelShape) -> list[Entry]:
 
 
 def parameters_by_entry(
-    model: torch.nn.Module, shape: ModelShape
+    chunks: Sequence[torch.nn.Module], shape: ModelShape
 ) -> Iterator[tuple[Entry, torch.nn.Parameter, bool]]:
     """This rank's parameters, the entry of each, and whether it is a copy of another stage's.
 
@@ -81,10 +90,11 @@ def parameters_by_entry(
     by_name = {entry.megatron: entry for entry in entries(shape)}
     if shape.tied_embeddings:
         by_name[_OUTPUT.megatron] = _EMBEDDING
-    for local_name, parameter in model.named_parameters():
-        name = _global_name(model, local_name)
-        is_copy = shape.tied_embeddings and name == _OUTPUT.megatron
-        yield by_name[name], parameter, is_copy
+    for chunk in chunks:
+        for local_name, parameter in chunk.named_parameters():
+            name = _global_name(chunk, local_name)
+            is_copy = shape.tied_embeddings and name == _OUTPUT.megatron
+            yield by_name[name], parameter, is_copy
 
 
 def _global_name(model: Any, local_name: str) -> str:
@@ -108,6 +118,8 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj.bias": (q,),
         "self_attn.k_proj.bias": (kv,),
         "self_attn.v_proj.bias": (kv,),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
         "self_attn.o_proj.weight": (hidden, q),
         "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (ffn, hidden),

@@ -9,7 +9,7 @@ rank ever holds more than one bucket beside its own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -35,7 +35,7 @@ class _Shard:
 
 
 def gather_hf_tensors(
-    model: torch.nn.Module, shape: ModelShape, bucket_bytes: int = BUCKET_BYTES
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the Hugging Face checkpoint, whole, without padding, in the parameters' type.
 
@@ -46,7 +46,7 @@ def gather_hf_tensors(
     """
     mine = {
         entry.megatron: parameter.detach()
-        for entry, parameter, is_copy in parameters_by_entry(model, shape)
+        for entry, parameter, is_copy in parameters_by_entry(chunks, shape)
         if not is_copy
     }
     tp_group = parallel_state.get_tensor_model_parallel_group()

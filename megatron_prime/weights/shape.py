@@ -2,8 +2,9 @@
 
 Everything that Megatron, the reshard and the planner need to know about an architecture is in
 `ModelShape` (`validate.py` reads config.json before it, without torch). Only what the models of
-the family really vary is a field: what would change the mathematics (sliding windows, scaled RoPE)
-is refused.
+the families really vary is a field; what would change the mathematics (other activations, biases
+and scalings of RoPE than those built here) is refused. A sliding window is attention over
+everything as long as no sequence is longer than it, so it only bounds the length.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
-from megatron_prime.validate import MODEL_TYPES
+from megatron_prime.validate import MODEL_TYPES, max_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class ModelShape:
     rope_theta: float
     qkv_bias: bool
     tied_embeddings: bool  # the output layer is the embedding
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    rope_scaling_factor: float | None = None  # of Llama 3.1's RoPE
 
     @classmethod
     def from_hf(cls, hf_dir: Path, tp: int = 1) -> ModelShape:
@@ -65,36 +68,70 @@ def padded(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // (16 * tp)) * 16 * tp
 
 
+# What transformers takes where config.json is silent.
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_KV_HEADS = {"mistral": 8}
+
+# What no model here has: the value that runs, and what another one means.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "hidden_act": ("silu", "another activation"),
+    "attention_bias": (False, "a bias on the attention's output too"),
+    "mlp_bias": (False, "biases in the feed-forward layers"),
+    "quantization_config": (None, "quantised weights; take the checkpoint in bf16"),
+}
+
+
 def _from_config(config: dict[str, Any], path: Path, tp: int) -> ModelShape:
     family = config.get("model_type")
     if family not in MODEL_TYPES:
         raise ConfigError(f"{path}: found model_type {family!r}, wanted one of {list(MODEL_TYPES)}")
+    for key, (wanted, meaning) in _REFUSED.items():
+        if (found := config.get(key, wanted)) != wanted:
+            raise ConfigError(
+                f"{path}: found {key} = {found!r} ({meaning}), wanted {wanted!r}; this model is "
+                "not supported"
+            )
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ConfigError(f"{path}: found rope_type {rope_type!r}, wanted plain RoPE (default)")
-    if config.get("use_sliding_window"):
-        raise ConfigError(
-            f"{path}: sliding windows are not supported; set use_sliding_window false"
-        )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigError(f"{path}: found hidden_act {activation!r}, wanted 'silu'")
     heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or _DEFAULT_HEAD_DIM.get(family)
     return ModelShape(
         family=family,
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        num_kv_heads=config.get("num_key_value_heads") or _DEFAULT_KV_HEADS.get(family, heads),
+        head_dim=head_dim or config["hidden_size"] // heads,
         ffn_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         padded_vocab_size=padded(config["vocab_size"], tp),
-        max_positions=config["max_position_embeddings"],
+        max_positions=max_positions(config),
         norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        qkv_bias=True,  # Qwen2 has it always and says so nowhere
+        qkv_bias=family == "qwen2",  # always, and config.json says so nowhere
         tied_embeddings=config.get("tie_word_embeddings", False),
+        qk_norm=family == "qwen3",
+        rope_scaling_factor=_scaling_factor(rope, path),
     )
+
+
+def _scaling_factor(rope: dict[str, Any], path: Path) -> float | None:
+    """None for plain RoPE; the factor of Llama 3.1's, whose other numbers Megatron has built in."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return None
+    built_in = {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if rope_type != "llama3":
+        raise ConfigError(
+            f"{path}: found rope_type {rope_type!r}, wanted plain RoPE ('default') or 'llama3'"
+        )
+    if others := {key: rope.get(key) for key, value in built_in.items() if rope.get(key) != value}:
+        raise ConfigError(
+            f"{path}: found {others} in its llama3 RoPE, wanted {built_in}, which are built into "
+            "Megatron-core"
+        )
+    return float(rope["factor"])

@@ -1,7 +1,7 @@
-"""What the four ranks of test_megatron.py do; prints one JSON line per case with its error or null.
+"""What the ranks of test_megatron.py do; prints one JSON line per case with its error or null.
 
-`python -m torch.distributed.run --nproc-per-node=4 megatron_cases.py FOLDER`, FOLDER as made by
-tiny_models.make. One launch runs all cases, for the imports cost more than they do.
+`python -m torch.distributed.run --nproc-per-node=N megatron_cases.py FOLDER`, FOLDER as made by
+tiny_models.make, N four or eight. One launch runs all cases, for imports cost more than they do.
 """
 
 from __future__ import annotations
@@ -22,40 +22,42 @@ from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
 
+from layouts import LAYOUTS, OF_EIGHT, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from tiny_models import CONFIGS  # noqa: E402
 
+from megatron_prime.config import ParallelSizes  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
+from megatron_prime.models.engine import Engine  # noqa: E402
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
-from megatron_prime.runtime.compat import megatron_calls  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
-from megatron_prime.types import Prompt, VerifiedGroup  # noqa: E402
+from megatron_prime.types import Prompt, TokenSequence, VerifiedGroup  # noqa: E402
 from megatron_prime.weights.export import export_hf  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
 from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.safetensors_io import HfCheckpoint  # noqa: E402
 from megatron_prime.weights.shape import padded  # noqa: E402
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tp, pp); the other ranks are data-parallel
 TIMEOUT_S = 120
+EXPORTED = ("tp1-pp1", "tp2-pp2", "tp1-pp2-vpp2")
 
 
 def main(folder: Path) -> None:
-    rendezvous = rendezvous_from(os.environ)
-    distributed.initialize(rendezvous, *LAYOUTS[0], 1, TIMEOUT_S)
-    for size in (1, 2, 4):
-        case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
-    case("gather_groups", gather_groups)
-    for tp, pp in LAYOUTS:
+    layouts = LAYOUTS if int(os.environ["WORLD_SIZE"]) == 4 else OF_EIGHT
+    first, *_ = layouts.values()
+    distributed.initialize(rendezvous_from(os.environ), first, 1, TIMEOUT_S)
+    if layouts is LAYOUTS:
+        for size in (1, 2, 4):
+            case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
+        case("gather_groups", gather_groups)
+    for layout, sizes in layouts.items():
         parallel_state.destroy_model_parallel()
-        distributed.initialize_model_parallel(tp, pp, 1, TIMEOUT_S)
-        for name in ("tied", "untied"):
-            tested = Tested(folder, name, tp, pp)
-            for method in (tested.logprobs, tested.round_trip, tested.copies, tested.export):
-                case(f"{method.__name__}-{name}-tp{tp}-pp{pp}", method)
-            if tp > 1:
-                case(f"sequence_parallel-{name}-tp{tp}-pp{pp}", tested.sequence_parallel)
+        distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
+        for name in CONFIGS:
+            tested = Tested(folder, name, layout, sizes)
+            for method in tested.cases():
+                case(f"{method.__name__}-{name}-{layout}", method)
     distributed.destroy()
 
 
@@ -127,65 +129,43 @@ def group_of(prompt_id: int, mark: int) -> VerifiedGroup:
 class Tested:
     """The cases of one model in one layout."""
 
-    def __init__(self, folder: Path, name: str, tp: int, pp: int) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, layout: str, sizes: ParallelSizes) -> None:
+        self.folder, self.name, self.layout = folder, name, layout
         self.hf_dir = folder / name
         self.truth = torch.load(folder / f"{name}.pt")
-        self.shape = ModelShape.from_hf(self.hf_dir, tp)
-        self.megatron = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        self.shape = ModelShape.from_hf(self.hf_dir, sizes.tp)
+        self.megatron = megatron_options(sizes)
+
+    def cases(self) -> list[Callable[[], None]]:
+        chosen = [self.logprobs, self.round_trip]
+        if self.megatron["tensor_model_parallel_size"] > 1:
+            chosen.append(self.sequence_parallel)
+        if self.name in ("tied", "untied"):
+            chosen.append(self.copies)
+        return [*chosen, self.export] if self.layout in EXPORTED else chosen
 
     def model(self, precision: Any = "fp32", **megatron: Any) -> Any:
-        model = build_model(self.shape, precision, {**self.megatron, **megatron})
-        load_hf(model, self.hf_dir, self.shape)
-        return model
+        chunks = build_model(self.shape, precision, {**self.megatron, **megatron})
+        load_hf(chunks, self.hf_dir, self.shape)
+        return chunks
 
     def logprobs(self) -> None:
-        """Through the pipeline schedule, micro-batches of two lengths, against transformers."""
+        """Against transformers, which saw one row at a time."""
         self.check_logprobs(self.model())
 
     def sequence_parallel(self) -> None:
         """The same with activations split over the sequence."""
         self.check_logprobs(self.model(sequence_parallel=True))
 
-    def check_logprobs(self, model: Any) -> None:
-        dp_rank = parallel_state.get_data_parallel_rank()
-        dp_size = parallel_state.get_data_parallel_world_size()
-        mine = torch.arange(dp_rank, len(self.truth["tokens"]), dp_size)
-        micro_batches = [
-            (rows, length) for rows, length in zip(mine.chunk(2), (12, 8), strict=True)
-        ]
-
-        def forward_step(batches: Any, model: Any) -> Any:
-            rows, length = next(batches)
-            tokens = self.truth["tokens"][rows, :length]
-            positions = torch.arange(length).expand_as(tokens)
-            output = model(input_ids=tokens, position_ids=positions, attention_mask=None)
-            return output, lambda logits, non_loss_data: (rows, *self.score(logits, tokens))
-
-        with megatron_calls():
-            scored = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(micro_batches),
-                model=model,
-                num_microbatches=2,
-                seq_length=12,
-                micro_batch_size=len(micro_batches[0][0]),
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        assert len(scored) == (2 if parallel_state.is_pipeline_last_stage() else 0)
-        for rows, logprobs, entropy in scored:  # an error inside would leave a stage waiting
-            width = logprobs.shape[1]
-            assert_close(logprobs, self.truth["logprobs"][rows, :width], 1e-5)
-            assert_close(entropy, self.truth["entropy"][rows, :width], 1e-5)
-
-    def score(self, logits: torch.Tensor, tokens: torch.Tensor) -> Any:
-        return vocab_parallel_logprobs_and_entropy(
-            logits[:, :-1],
-            tokens[:, 1:],
-            self.shape.vocab_size,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+    def check_logprobs(self, chunks: Any) -> None:
+        """In packs of many rows, and of one row each."""
+        sequences = [TokenSequence(tuple(ids), prompt) for ids, prompt in self.truth["sequences"]]
+        for max_tokens in (120, 40):
+            engine = Engine(chunks, self.shape, max_tokens, temperature=1.0)
+            outputs = engine._schedule(sequences, range(len(sequences)), loss=None)
+            logprobs, entropy, _ = engine._assemble(outputs, sequences)
+            assert_close(logprobs, self.truth["logprobs"], 1e-5)
+            assert_close(entropy, self.truth["entropy"], 1e-5)
 
     def round_trip(self) -> None:
         """load_hf, then gather: bit for bit what is in the file, on every rank, in both types."""
@@ -205,8 +185,9 @@ class Tested:
     def copies(self) -> None:
         """Random weights are the same in all replicas; a tied output layer is the embedding."""
         model = build_model(self.shape, "fp32", self.megatron)
-        ours = [torch.cat([p.detach().flatten() for p in model.parameters()])]
-        group = parallel_state.get_data_parallel_group()
+        parameters = [p.detach().flatten() for chunk in model for p in chunk.parameters()]
+        ours = [torch.cat(parameters)]
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         replicas = [torch.empty_like(ours[0]) for _ in range(group.size())]
         dist.all_gather(replicas, ours[0], group=group)
         assert all(torch.equal(replica, ours[0]) for replica in replicas)
@@ -215,15 +196,15 @@ class Tested:
             embedding = dict(gather_hf_tensors(of, self.shape))["model.embed_tokens.weight"]
             if parallel_state.is_pipeline_last_stage() and self.shape.tied_embeddings:
                 rank = parallel_state.get_tensor_model_parallel_rank()
-                weight = of.shared_embedding_or_output_weight()
+                weight = of[-1].shared_embedding_or_output_weight()
                 mine = embedding[rank * len(weight) : (rank + 1) * len(weight)]
                 assert torch.equal(weight[: len(mine)], mine)
 
     def export(self) -> None:
         """Written twice into the same directory, in many files, then in one or many."""
         model = self.model()
-        tp, pp = self.megatron.values()
-        out_dir = self.folder / f"{self.name}-tp{tp}-pp{pp}"
+        tp = self.megatron["tensor_model_parallel_size"]
+        out_dir = self.folder / f"{self.name}-{self.layout}"
         export_hf(model, self.shape, self.hf_dir, out_dir, shard_bytes=10_000)
         shards = len(list(out_dir.glob("*.safetensors")))
         dist.barrier()  # rank 0 must not replace the files before all have counted them

@@ -18,9 +18,10 @@ from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
 
+from layouts import LAYOUTS, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_prime.config import PolicySection, PrmSection  # noqa: E402
+from megatron_prime.config import ParallelSizes, PolicySection, PrmSection  # noqa: E402
 from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import (  # noqa: E402
@@ -37,33 +38,29 @@ from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, Train
 from megatron_prime.weights.load import load_hf  # noqa: E402
 from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # (tp, pp); the other ranks are data-parallel
 TIMEOUT_S = 120
 UPDATES = 2
 
 
 def main(folder: Path) -> None:
-    distributed.initialize(rendezvous_from(os.environ), *LAYOUTS[0], 1, TIMEOUT_S)
+    distributed.initialize(rendezvous_from(os.environ), ParallelSizes(), 1, TIMEOUT_S)
     job = torch.load(folder / "job.pt", weights_only=False)
-    for tp, pp in LAYOUTS:
+    for layout, sizes in LAYOUTS.items():
         parallel_state.destroy_model_parallel()
-        distributed.initialize_model_parallel(tp, pp, 1, TIMEOUT_S)
-        for name in ("tied", "untied"):
-            result = train(folder / name, job, tp, pp)
+        distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
+        for name in job["policy"]:
+            result = train(folder / name, job, sizes)
             if dist.get_rank() == 0:
-                torch.save(result, folder / f"{name}-tp{tp}-pp{pp}.pt")
+                torch.save(result, folder / f"{name}-{layout}.pt")
             dist.barrier()
     distributed.destroy()
 
 
-def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]:
+def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, Any]:
     """Two PRM and two policy updates on the same rollouts; weights, figures and log-probs."""
-    shape = ModelShape.from_hf(hf_dir, tp)
-    options = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "sequence_parallel": tp > 1 and hf_dir.name == "untied",
-    }
+    shape = ModelShape.from_hf(hf_dir, sizes.tp)
+    sequence_parallel = sizes.tp > 1 and hf_dir.name in ("untied", "qwen3")
+    options = {**megatron_options(sizes), "sequence_parallel": sequence_parallel}
 
     def model(precision: Any = "fp32") -> Any:
         built = build_model(shape, precision, options)
@@ -86,19 +83,19 @@ def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]
     updates = [prm.update(scored) for _ in range(UPDATES)]
     batch = TrainBatch(scored, None, job["advantages"])
     metrics = [policy.update(batch) for _ in range(UPDATES)]
-    weights = dict(gather_hf_tensors(policy.engine.module, shape))
+    weights = dict(gather_hf_tensors(policy.engine.modules, shape))
     halves = TrainableEngine(model("bf16"), shape, prm_knobs, 1.0, UPDATES)
     half_updates = [MegatronPrm(halves, prm_knobs).update(scored) for _ in range(UPDATES)]
     return {
         "policy": weights,
-        "prm": dict(gather_hf_tensors(prm.engine.module, shape)),
+        "prm": dict(gather_hf_tensors(prm.engine.modules, shape)),
         "ref_logprobs": ref,
         "old_logprobs": scored.old_logprobs,
         "prm_forward": [update.forward_logprobs for update in updates],
         "prm_metrics": [update.metrics for update in updates],
         "policy_metrics": metrics,
         "version": policy.version,
-        "bf16": dict(gather_hf_tensors(halves.module, shape)),
+        "bf16": dict(gather_hf_tensors(halves.modules, shape)),
         "bf16_metrics": [update.metrics for update in half_updates],
         "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},
         "broken": broken_step(halves, rollouts),
@@ -107,7 +104,7 @@ def train(hf_dir: Path, job: dict[str, Any], tp: int, pp: int) -> dict[str, Any]
 
 def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, bool]:
     """A step with one infinite loss on one replica: its error, and whether weights stayed."""
-    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    before = [p.detach().clone() for module in engine.modules for p in module.parameters()]
 
     def loss(forward: Forward) -> torch.Tensor:
         return (forward.logprobs * torch.where(forward.rows == 0, math.inf, 1.0)[:, None]).sum()
@@ -115,7 +112,7 @@ def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, b
     try:
         engine.train_step(rollouts.sequences, range(len(rollouts.sequences)), loss)
     except NotFinite as error:
-        after = engine.module.parameters()
+        after = [p for module in engine.modules for p in module.parameters()]
         return str(error), all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     return "no error", False
 

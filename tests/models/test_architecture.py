@@ -14,6 +14,7 @@ from megatron_prime.weights.shape import ModelShape
 
 before_megatron_import()
 architecture = pytest.importorskip("megatron_prime.models.architecture")
+from megatron_prime.models.packed_attention import Pack, attend  # noqa: E402
 from megatron_prime.models.torch_spec import TorchAttention  # noqa: E402
 
 SHAPE = ModelShape(
@@ -63,7 +64,7 @@ def test_options_pass_through() -> None:
         ({"hidden_size": 64}, "megatron.hidden_size: it comes from the model's config.json"),
         ({"bf16": True}, "megatron.bf16: it comes from the model's config.json or [model]"),
         ({"attention_dropout": 0.1}, "megatron.attention_dropout: found 0.1, wanted 0.0"),
-        ({"context_parallel_size": 2}, "megatron.context_parallel_size: found 2, wanted 1"),
+        ({"variable_seq_lengths": True}, "megatron.variable_seq_lengths: found True, wanted False"),
         ({"calculate_per_token_loss": True}, "megatron.calculate_per_token_loss: found True"),
         ({"tensor_model_parallel_size": 4}, "4 does not divide the model's 2 key/value heads"),
         ({"recompute_granularity": "full"}, "[megatron]: Megatron refuses these options"),
@@ -88,18 +89,15 @@ def test_no_fused_kernel_and_no_overlapped_sends_on_a_cpu() -> None:
     assert not config.batch_p2p_comm
     assert not config.bias_activation_fusion
     assert config.deallocate_pipeline_outputs
-    assert config.variable_seq_lengths
 
 
-def test_attention_by_hand_and_without_masks() -> None:
-    torch.manual_seed(0)
+def test_attention_wants_a_pack_and_nothing_else() -> None:
     attention = TorchAttention(config_of())
-    q, k, v = torch.randn(5, 2, 8, 8), torch.randn(5, 2, 2, 8), torch.randn(5, 2, 2, 8)
-    found = attention(q, k, v, None)
-    for row, head in ((0, 0), (1, 3), (0, 7)):  # query heads 0-3 share key head 0, 4-7 key head 1
-        scores = q[:, row, head] @ k[:, row, head // 4].T / 8**0.5
-        causal = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-        wanted = causal.softmax(-1) @ v[:, row, head // 4]
-        torch.testing.assert_close(found[:, row, head * 8 : head * 8 + 8], wanted)
-    with pytest.raises(ValueError, match="causal only"):
-        attention(q, k, v, torch.ones(5, 5, dtype=torch.bool))
+    q, k = torch.randn(5, 8, 8), torch.randn(5, 2, 8)
+    pack = Pack.of([2, 3], 0, 1, torch.device("cpu"))
+    wanted = attend(q, k, k, pack, 8**-0.5)
+    assert torch.equal(attention(q, k, k, None, packed_seq_params=pack), wanted)
+    with pytest.raises(ValueError, match="wanted a Pack"):
+        attention(q, k, k, None)
+    with pytest.raises(ValueError, match="no mask"):
+        attention(q, k, k, torch.ones(5, 5, dtype=torch.bool), packed_seq_params=pack)

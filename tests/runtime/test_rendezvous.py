@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, ParallelSizes
 from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
@@ -69,13 +69,13 @@ def test_half_of_torchruns_variables() -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(3, 1), (2, 3), (8, 1), (0, 1)])
 def test_layout_that_does_not_fit_is_refused_before_any_group(tp: int, pp: int) -> None:
     with pytest.raises(ConfigError, match=f"found 4 processes, wanted a multiple .* = {tp} . {pp}"):
-        distributed.initialize(Rendezvous(world_size=4), tp, pp, seed=0, timeout_s=5)
+        distributed.initialize(Rendezvous(world_size=4), ParallelSizes(tp, pp), seed=0, timeout_s=5)
     assert not distributed.dist.is_initialized()
 
 
 def test_alone_from_start_to_end_and_again() -> None:
     for _ in range(2):
-        distributed.initialize(Rendezvous(), 1, 1, seed=0, timeout_s=5)
+        distributed.initialize(Rendezvous(), ParallelSizes(), seed=0, timeout_s=5)
         ranks = distributed.WorldRanks(5)
         assert (ranks.rank, ranks.world_size, ranks.device.type) == (0, 1, "cpu")
         assert ranks.gather([], []) == []

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_prime.config import RunConfig
+from megatron_prime.config import ParallelSizes, RunConfig
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.types import LoopState, Prompt, Rollout, VerifiedGroup
 
@@ -91,7 +91,7 @@ class Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group() -> Iterator[None]:
-    initialize(Rendezvous(), tp=1, pp=1, seed=0, timeout_s=60)
+    initialize(Rendezvous(), ParallelSizes(), seed=0, timeout_s=60)
     yield
     destroy()
 

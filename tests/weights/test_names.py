@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_prime.validate import MODEL_TYPES
 from megatron_prime.weights.names import entries, hf_shapes, parameters_by_entry
 from megatron_prime.weights.shape import ModelShape
 
@@ -28,11 +30,15 @@ class Stage(torch.nn.Module):
         return iter(self.named)
 
 
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("shape", [UNTIED, TIED])
-def test_the_names_are_those_of_transformers(shape: ModelShape) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def test_the_names_are_those_of_transformers(shape: ModelShape, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(
+    shape = replace(shape, family=family)
+    config = AutoConfig.for_model(
+        family,
+        head_dim=4,
         vocab_size=5,
         hidden_size=16,
         intermediate_size=8,
@@ -42,7 +48,7 @@ def test_the_names_are_those_of_transformers(shape: ModelShape) -> None:
         tie_word_embeddings=shape.tied_embeddings,
     )
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert hf_shapes(shape) == theirs
 
@@ -69,17 +75,17 @@ def test_no_name_twice() -> None:
     ],
 )
 def test_local_names_lead_to_the_table(local: str, entry_name: str) -> None:
-    ((entry, _, is_copy),) = parameters_by_entry(Stage([local]), UNTIED)
+    ((entry, _, is_copy),) = parameters_by_entry([Stage([local])], UNTIED)
     assert entry.megatron == entry_name
     assert not is_copy
 
 
 def test_a_tied_output_layer_is_a_copy_of_the_embedding() -> None:
-    ((entry, _, is_copy),) = parameters_by_entry(Stage(["output_layer.weight"]), TIED)
+    ((entry, _, is_copy),) = parameters_by_entry([Stage(["output_layer.weight"])], TIED)
     assert entry.hf == ("model.embed_tokens.weight",)
     assert is_copy
 
 
 def test_an_unknown_parameter_is_an_error() -> None:
     with pytest.raises(KeyError, match="router"):
-        list(parameters_by_entry(Stage(["decoder.layers.0.mlp.router.weight"]), UNTIED))
+        list(parameters_by_entry([Stage(["decoder.layers.0.mlp.router.weight"])], UNTIED))
