@@ -24,7 +24,8 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; exit code 0: done, 1: the run stopped, 2: a bad configuration."""
     command, path, overrides = _parse(arguments)
-    from megatron_prime.config import ConfigError, describe, load
+    from megatron_prime.config import ConfigError
+    from megatron_prime.config_file import describe, load
     from megatron_prime.errors import RunError
     from megatron_prime.runtime.parent import die_with
     from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from

@@ -15,7 +15,8 @@ import pytest
 
 from megatron_prime import __version__
 from megatron_prime.__main__ import COMMANDS, main
-from megatron_prime.config import RunConfig, Section, load
+from megatron_prime.config import RunConfig, Section
+from megatron_prime.config_file import load
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HEAVY = {"torch", "transformers", "megatron", "numpy", "matplotlib"}

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from megatron_prime.config import RunConfig, describe
+from megatron_prime.config import RunConfig
+from megatron_prime.config_file import describe
 
 PACKAGES = (
     "megatron_prime",

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_prime.config import RunConfig, load
+from megatron_prime.config import RunConfig
+from megatron_prime.config_file import load
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from job import ROOT, Job, layout, reproducible
 
-from megatron_prime.config import load
+from megatron_prime.config_file import load
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
