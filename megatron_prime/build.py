@@ -16,7 +16,13 @@ import torch.distributed as dist
 
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
-from megatron_prime.config import BatchSection, ParallelSizes, RunConfig
+from megatron_prime.config import (
+    BatchSection,
+    ConfigError,
+    ModelName,
+    ParallelSizes,
+    RunConfig,
+)
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
@@ -24,6 +30,7 @@ from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
 from megatron_prime.models.engine import Engine, TrainableEngine
 from megatron_prime.models.policy import MegatronPolicy
+from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.protocols import Roles
@@ -34,6 +41,7 @@ from megatron_prime.runtime.recorder import RunRecorder
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.scheduler import ResidentScheduler
 from megatron_prime.types import LoopState, Prompt, VerifiedGroup
+from megatron_prime.validate import models_of
 from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.verify.worker import SUPPORTED_ABILITIES
 from megatron_prime.weights.checkpoint import RunCheckpoints
@@ -44,21 +52,19 @@ from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 def train(config: RunConfig, here: Rendezvous) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
-    with training_session(config, here) as ranks, ExitStack() as stack:
+    with training_session(config, here, "train") as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         policy = MegatronPolicy(
-            trained(config, config.model.hf, config.policy, config.rollout.temperature),
+            trained(config, "policy", config.policy, config.rollout.temperature),
             config.policy,
             config.run.seed,
         )
         engines = {"policy": policy.engine}
         prm = reference = None
         if config.uses_prm:
-            prm = MegatronPrm(
-                trained(config, config.prm.hf or config.model.hf, config.prm, 1.0), config.prm
-            )
-            reference = MegatronReference(frozen(config, config.model.hf))
+            prm = MegatronPrm(trained(config, "prm", config.prm, 1.0), config.prm)
+            reference = MegatronReference(frozen(config, "reference"))
             engines["prm"] = prm.engine
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
@@ -98,7 +104,7 @@ def train(config: RunConfig, here: Rendezvous) -> None:
 
 def sft(config: RunConfig, here: Rendezvous) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with training_session(config, here) as ranks:
+    with training_session(config, here, "sft") as ranks:
         note_start(config, config.run.folder, ranks)
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
@@ -106,10 +112,11 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
         kept, dropped = len(conversations.examples), conversations.dropped_long
         report_dropped(config.sft.data, kept, dropped, "sft.max_length")
         shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
-        chunks = build_model(shape, config.model.precision, config.megatron)
+        precision = config.precision.policy
+        chunks = build_model(shape, precision, config.megatron)
         if config.sft.init == "pretrained":
             load_hf(chunks, config.model.hf, shape)
-        engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps)
+        engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
         with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
             sft_stage.run(config, engine, conversations.examples, recorder)
         output = config.sft.output or config.run.folder / "hf"
@@ -154,32 +161,44 @@ def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
 
 
 @contextmanager
-def training_session(config: RunConfig, here: Rendezvous) -> Iterator[WorldRanks]:
+def training_session(config: RunConfig, here: Rendezvous, command: str) -> Iterator[WorldRanks]:
     """A session with Megatron models, whose options are checked before any group starts."""
-    shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
-    transformer_config(shape, config.model.precision, config.megatron)
+    formats = {name: config.precision.of(name) for name in models_of(config, command)}
+    chip = Chip.here()
+    if unable := [line for name in formats for line in chip_problems(name, formats[name], chip)]:
+        raise ConfigError("\n".join(unable))
+    for name, precision in formats.items():
+        shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
+        transformer_config(shape, precision, config.megatron)
     with session(config, here, config.parallel) as ranks:
         yield ranks
 
 
 def trained(
-    config: RunConfig, hf: Path, knobs: BatchSection, temperature: float
+    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
 ) -> TrainableEngine:
     """A model with optimizer, from a Hugging Face checkpoint."""
-    chunks, shape = loaded(config, hf)
-    return TrainableEngine(chunks, shape, knobs, temperature, config.run.steps)
+    chunks, shape = loaded(config, name)
+    steps, precision = config.run.steps, config.precision.of(name)
+    return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
 
 
-def frozen(config: RunConfig, hf: Path) -> Engine:
+def frozen(config: RunConfig, name: ModelName) -> Engine:
     """A model for log-probs only, cut into the PRM's micro-batches."""
-    chunks, shape = loaded(config, hf)
+    chunks, shape = loaded(config, name)
     return Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
 
 
-def loaded(config: RunConfig, hf: Path) -> tuple[list[Any], ModelShape]:
-    """This rank's parts of the model in `hf`."""
+def hf_of(config: RunConfig, name: ModelName) -> Path:
+    """The checkpoint that a model starts from."""
+    return (config.prm.hf or config.model.hf) if name == "prm" else config.model.hf
+
+
+def loaded(config: RunConfig, name: ModelName) -> tuple[list[Any], ModelShape]:
+    """This rank's parts of a model."""
+    hf = hf_of(config, name)
     shape = ModelShape.from_hf(hf, config.parallel.tp)
-    chunks = build_model(shape, config.model.precision, config.megatron)
+    chunks = build_model(shape, config.precision.of(name), config.megatron)
     load_hf(chunks, hf, shape)
     return chunks, shape
 
@@ -190,7 +209,7 @@ def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalE
         config.model.hf,
         ranks.rank,
         ranks.world_size,
-        config.model.precision,
+        config.precision.policy.dtype,
         config.rollout.batch_size,
         tokenizer,
         ranks.device,

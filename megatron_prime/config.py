@@ -25,6 +25,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+ModelName = Literal["policy", "prm", "reference"]
 FilePath = Annotated[Path, Field(strict=False)]
 
 
@@ -121,9 +122,53 @@ class ModelSection(Section):
 
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of the model's weights and activations; the optimizer's master weights are fp32 in any
-    case."""
+
+
+class PrecisionOptions(Section):
+    """Number formats of one model; what they mean is told in `models/precision.py`."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of weights and activations; the optimizer's master weights are fp32 in any case."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """FP8 matrix products in the layers: `hybrid` (E4M3, gradients E5M2) or `e4m3`; not set: no
+    FP8. For the PRM it is best left off, for its log-ratios are differences of near numbers."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 values are scaled: by the maxima of past steps, per tensor, per block of 128, or per
+    block of 32 (Blackwell)."""
+    fp8_param: bool = False
+    """Keep the layers' weights in FP8 only, next to the fp32 master weights; not with `delayed`."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and last layers in bf16; not with `delayed`."""
+    num_layers_at_start_in_bf16: NonNegative = 1
+    """How many layers `first_last_layers_bf16` leaves at the start."""
+    num_layers_at_end_in_bf16: NonNegative = 1
+    """How many layers `first_last_layers_bf16` leaves at the end."""
+    loss_scale: PositiveFloat | None = None
+    """Of fp16: a fixed factor of the loss; not set: a factor that follows the overflows."""
+    initial_loss_scale: PositiveFloat = 65536.0
+    """Of fp16: the first factor; it is halved when gradients overflow."""
+    min_loss_scale: PositiveFloat = 1.0
+    """Of fp16: the smallest factor; an overflow there stops the run."""
+    loss_scale_window: Positive = 1000
+    """Of fp16: optimizer steps without an overflow before the factor is doubled."""
+    hysteresis: Positive = 2
+    """Of fp16: overflows before the factor is halved."""
+
+
+class PrecisionSection(Section):
+    """Number formats of each model; `sft` and the rollout engine go by the policy's."""
+
+    policy: PrecisionOptions = PrecisionOptions()
+    """Of the policy."""
+    prm: PrecisionOptions = PrecisionOptions()
+    """Of the PRM."""
+    reference: PrecisionOptions = PrecisionOptions()
+    """Of the reference."""
+
+    def of(self, model: ModelName) -> PrecisionOptions:
+        """The table of one model."""
+        options: PrecisionOptions = getattr(self, model)
+        return options
 
 
 class DataSection(Section):
@@ -284,6 +329,7 @@ class RunConfig(Section):
     """Defaults of `[advantage]`: the authors' code or the paper's formulae."""
     run: RunSection
     model: ModelSection
+    precision: PrecisionSection = PrecisionSection()
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     filter: FilterSection = FilterSection()

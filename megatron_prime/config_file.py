@@ -15,6 +15,11 @@ from pydantic import ValidationError
 
 from megatron_prime.config import ConfigError, RunConfig, Section
 
+# Knobs that someone may look for under a name that is not theirs.
+ELSEWHERE = {
+    "model.precision": "set precision.policy.dtype, precision.prm.dtype, precision.reference.dtype",
+}
+
 
 def load(path: Path, overrides: list[str]) -> RunConfig:
     """Read `path`, apply `--section.key=value` overrides and check every key and type.
@@ -54,6 +59,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     knob = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
+        if knob in ELSEWHERE:
+            return f"{knob}: no such knob; {ELSEWHERE[knob]}"
         return f"{knob}: no such knob; `python -m megatron_prime config RUN.toml` lists all"
     if problem["type"] == "missing":
         return f"{knob}: missing; set it in the TOML file or with --{knob}=…"

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.data.sft_data import SftExample
 from megatron_prime.models.engine import Forward, TrainableEngine
-from megatron_prime.models.mini_batch import MiniBatch
+from megatron_prime.models.mini_batch import MiniBatch, loss_scaling
 from megatron_prime.protocols import Recorder
 from megatron_prime.types import TokenSequence
 
@@ -50,6 +50,7 @@ def run(
                 "sft/lr": rate,
                 "sft/tokens_per_s": sum(len(s.token_ids) for s in sequences) / seconds,
                 "time/step_s": seconds,
+                **loss_scaling("sft", config.precision.policy, [result]),
             },
         )
 

@@ -8,11 +8,12 @@ problems are found at once; each is one line that names the knob to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.config import BatchSection, ConfigError, RunConfig
+from megatron_prime import precision_rules
+from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 
 # What `weights/names.py` has a map of names for: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,16 +37,24 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
         problems = list(_of_evaluation(config))
     else:
         find = {"train": _of_training, "sft": _of_fine_tuning}[command]
-        parallel = [*_unsupported(config), *_sizes(config)]
+        parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         # Without usable sizes nothing can be divided by them.
         problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
+def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
+    """The models that the command builds, by their names in `[precision]`."""
+    return ("policy", "prm", "reference") if command == "train" and config.uses_prm else ("policy",)
+
+
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     rollout, window = config.rollout, config.filter
-    yield from _model(config, "model.hf", config.model.hf, _longest(config))
+    roles = models_of(config, "train")
+    of_prm_alone: tuple[ModelName, ...] = ("prm",) if config.prm.hf is not None else ()
+    shared = [role for role in roles if role not in of_prm_alone]
+    yield from _model(config, "model.hf", config.model.hf, _longest(config), shared)
     yield from _file("data.train", config.data.train)
     if config.data.eval is not None:
         yield from _file("data.eval", config.data.eval)
@@ -70,24 +79,25 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
-            yield from _model(config, "prm.hf", config.prm.hf, _longest(config))
+            yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
 
 
 def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
     sft = config.sft
-    yield from _model(config, "model.hf", config.model.hf, {"sft.max_length": sft.max_length})
+    length = {"sft.max_length": sft.max_length}
+    yield from _model(config, "model.hf", config.model.hf, length, models_of(config, "sft"))
     if sft.data is None:
         yield "sft.data: missing; set it to a chat jsonl, in the TOML file or with --sft.data=…"
     else:
         yield from _file("sft.data", sft.data)
     yield from _schedule("sft", sft, sft.steps, "sft.steps")
     yield from _shares("sft", sft, config, world_size)
-    yield from _micro_batch("sft", sft, config, {"sft.max_length": sft.max_length})
+    yield from _micro_batch("sft", sft, config, length)
 
 
 def _of_evaluation(config: RunConfig) -> Iterator[str]:
     whole = config.model_copy(update={"megatron": {}})
-    yield from _model(whole, "model.hf", config.model.hf, _longest(config))
+    yield from _model(whole, "model.hf", config.model.hf, _longest(config), ())
     if config.data.eval is None:
         yield "data.eval: missing; set it to the problems to evaluate on"
     else:
@@ -112,6 +122,14 @@ def _sizes(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _precision(config: RunConfig, command: str) -> Iterator[str]:
+    roles = {role: config.precision.of(role) for role in models_of(config, command)}
+    for role, options in roles.items():
+        yield from precision_rules.option_problems(role, options)
+    in_fp8 = [role for role, options in roles.items() if options.fp8]
+    yield from precision_rules.megatron_problems(config.megatron, in_fp8)
+
+
 def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
     sizes = config.parallel
     if world_size is not None and world_size % sizes.replica:
@@ -122,8 +140,11 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
-def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) -> Iterator[str]:
-    """Whether the model in `folder` exists, can be cut as `[megatron]` says, and is long enough."""
+def _model(
+    config: RunConfig, knob: str, folder: Path, lengths: dict[str, int], roles: Iterable[ModelName]
+) -> Iterator[str]:
+    """Whether the model in `folder` exists, is long enough, and can be cut as `[megatron]` says and
+    multiplied as `[precision]` says for `roles`."""
     path = folder / "config.json"
     try:
         model = json.loads(path.read_text())
@@ -149,7 +170,8 @@ def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) 
     }
     if "num_attention_heads" in model:  # older Llamas say nothing of groups
         model.setdefault("num_key_value_heads", model["num_attention_heads"])
-    if missing := [key for key in (*parts, "max_position_embeddings") if key not in model]:
+    wanted = (*parts, "hidden_size", "max_position_embeddings")
+    if missing := [key for key in wanted if key not in model]:
         yield f"{knob}: {path} lacks {', '.join(missing)}; is it a whole checkpoint?"
         return
     for key, (option, size) in parts.items():
@@ -158,6 +180,10 @@ def _model(config: RunConfig, knob: str, folder: Path, lengths: dict[str, int]) 
                 f"megatron.{option}: found {size}, which does not divide {key} = {model[key]} "
                 f"of {knob}"
             )
+    for role in roles:
+        yield from precision_rules.shape_problems(
+            role, config.precision.of(role), model, knob, sizes.tp, sizes.pp
+        )
     room = max_positions(model)
     if sum(lengths.values()) > room:
         yield (

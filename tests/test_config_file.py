@@ -63,7 +63,7 @@ def test_overrides_are_toml_values_or_bare_words(toml):
             "--policy.betas=[0.8, 0.99]",
             "--policy.loss.clip=0.3",
             "--prm.measure_after=false",
-            "--model.precision=fp32",
+            "--precision.policy.dtype=fp32",
             "--data.template='plain'",
             '--prm.forward="double"',
             "--run.folder=runs/b c=d",
@@ -79,7 +79,7 @@ def test_overrides_are_toml_values_or_bare_words(toml):
     assert config.policy.weight_decay == 0.5
     assert config.policy.loss.clip == 0.3
     assert config.prm.measure_after is False
-    assert (config.model.precision, config.data.template, config.prm.forward) == (
+    assert (config.precision.policy.dtype, config.data.template, config.prm.forward) == (
         "fp32",
         "plain",
         "double",
@@ -133,6 +133,14 @@ def test_all_problems_are_reported_at_once(toml):
     assert "'released' or 'paper'" in found["preset"]
 
 
+def test_a_knob_that_stands_elsewhere_is_pointed_to(toml):
+    (line,) = lines_of(toml(MINIMAL), ["--model.precision=fp32"])
+    assert line == (
+        "model.precision: no such knob; set precision.policy.dtype, precision.prm.dtype, "
+        "precision.reference.dtype"
+    )
+
+
 def test_a_missing_file_and_a_file_that_is_not_toml(toml, tmp_path):
     (line,) = lines_of(tmp_path / "nowhere.toml")
     assert line.startswith(f"no config file {tmp_path / 'nowhere.toml'}")
@@ -142,7 +150,7 @@ def test_a_missing_file_and_a_file_that_is_not_toml(toml, tmp_path):
 
 def test_describe_is_toml_that_loads_to_the_same_config(toml, tmp_path):
     config = load(
-        toml(MINIMAL + "[megatron]\ntensor_model_parallel_size = 2\nsequence_parallel = true\n"),
+        toml(MINIMAL + "[precision.prm]\nfp8 = 'e4m3'\n[megatron]\nsequence_parallel = true\n"),
         ["--preset=paper", "--policy.loss.clip=0.1", '--run.folder=runs/"ü 🙂"', "--prm.lr=1e-07"],
     )
     text = describe(config)

@@ -162,6 +162,19 @@ IMPOSSIBLE = {
         "megatron.expert_model_parallel_size",
         "found 2, not supported \\(only dense",
     ),
+    "fp8 shape": (
+        {"precision": {"reference": {"fp8": "e4m3"}}, "megatron": {TENSOR: 4}},
+        4,
+        "precision.reference.fp8_recipe",
+        r"multiples of 16, but num_attention_heads \* head_dim / .* 4 = 30 in model.hf",
+    ),
+    "fp8 options": (
+        {"precision": {"prm": {"fp8_param": True}}},
+        None,
+        "precision.prm.fp8_param",
+        "found true without precision.prm.fp8",
+    ),
+    "fp8 elsewhere": ({"megatron": {"fp8": "hybrid"}}, None, "megatron.fp8", "move it to .precis"),
     "size": ({"megatron": {TENSOR: "two"}}, 4, f"megatron.{TENSOR}", "found 'two', wanted a whole"),
     "zero": ({"megatron": {PIPELINE: 0}}, 4, f"megatron.{PIPELINE}", "found 0, wanted a whole"),
 }
@@ -175,6 +188,22 @@ def test_each_impossible_combination_names_its_knob(config, changes, world_size,
         check(config(**changes), "train", world_size)
     lines = [line for line in str(raised.value).splitlines() if knob in line.partition(": ")[0]]
     assert lines, f"no line names {knob}"
+
+
+def test_number_formats_matter_where_their_model_is_built(config, tmp_path):
+    """The PRM's own checkpoint is held to the PRM's recipe; what isn't built is held to none."""
+    (tmp_path / "prm" / "config.json").write_text(json.dumps(QWEN | {"hidden_size": 144}))
+    prm = {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+    own = {"precision": {"prm": prm}, "prm": {"hf": tmp_path / "prm"}}
+    found = problems(config(**own))
+    assert found
+    assert all(line.startswith("precision.prm.fp8_recipe") for line in found)
+    assert all("in prm.hf; take" in line for line in found)
+    assert problems(config(**own), "sft") == problems(config(**own), "evaluate") == []
+    assert problems(config(**own, advantage={"process_weight": 0.0})) == []
+    policy = {"precision": {"policy": prm | {"fp8_param": True}}}
+    assert "in model.hf; take" in problems(config(**policy), "sft")[0]
+    assert problems(config(**policy), "evaluate") == []
 
 
 @pytest.mark.parametrize("missing", ["model.hf", "data.train", "data.eval", "prm.hf"])

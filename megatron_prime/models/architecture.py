@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, PrecisionOptions
+from megatron_prime.models.precision import model_options
 from megatron_prime.models.torch_spec import torch_block_spec
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.weights.shape import ModelShape
 
 __all__ = ["ModelShape", "build_model", "transformer_config"]
-
-Precision = Literal["fp32", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What every model here has, and why `[megatron]` can't change it.
 FIXED: dict[str, Any] = {
@@ -63,21 +61,21 @@ CPU_OPTIONS: dict[str, Any] = {
 
 
 def transformer_config(
-    shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]
+    shape: ModelShape, precision: PrecisionOptions, megatron: Mapping[str, Any]
 ) -> TransformerConfig:
     """Megatron's config of this model.
 
     Raises ConfigError, with all problems at once, for an option of `[megatron]` that Megatron does
     not have, or that belongs to the model's config.json or to this project.
     """
-    owned = _shape_options(shape, precision)
+    owned = _shape_options(shape) | model_options(precision)
     known = {field.name for field in fields(TransformerConfig)}
     problems = [
         f"megatron.{key}: Megatron's TransformerConfig has no such option; remove it"
         for key in megatron.keys() - known
     ]
     problems += [
-        f"megatron.{key}: it comes from the model's config.json or [model]; remove it"
+        f"megatron.{key}: it comes from the model's config.json or [precision]; remove it"
         for key in megatron.keys() & owned.keys()
     ]
     problems += [
@@ -86,6 +84,8 @@ def transformer_config(
         if megatron[key] != FIXED[key]
     ]
     problems += _division_problems(shape, megatron)
+    if precision.fp8 and not torch.cuda.is_available():  # Megatron would leave it out in silence
+        problems.append("[precision] fp8: there is none on a CPU; remove it")
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
     cpu = {} if torch.cuda.is_available() else CPU_OPTIONS
@@ -99,8 +99,7 @@ def transformer_config(
     return config
 
 
-def _shape_options(shape: ModelShape, precision: Precision) -> dict[str, Any]:
-    dtype = DTYPES[precision]
+def _shape_options(shape: ModelShape) -> dict[str, Any]:
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -115,10 +114,6 @@ def _shape_options(shape: ModelShape, precision: Precision) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": precision == "bf16",
-        "fp16": False,
     }
 
 
@@ -134,7 +129,7 @@ def _division_problems(shape: ModelShape, megatron: Mapping[str, Any]) -> list[s
 
 
 def build_model(
-    shape: ModelShape, precision: Precision, megatron: Mapping[str, Any]
+    shape: ModelShape, precision: PrecisionOptions, megatron: Mapping[str, Any]
 ) -> list[GPTModel]:
     """This rank's parts of the model, on its device; the process groups must stand.
 

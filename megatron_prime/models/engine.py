@@ -33,11 +33,13 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prime.config import BatchSection
+from megatron_prime.config import BatchSection, PrecisionOptions
 from megatron_prime.errors import NotFinite
 from megatron_prime.models.architecture import ModelShape
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
 from megatron_prime.models.micro_batch import Grid, MicroBatch, cut
+from megatron_prime.models.precision import ddp_options, optimizer_options
+from megatron_prime.precision_rules import token_multiple
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import TokenSequence
 
@@ -63,11 +65,12 @@ Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mi
 class StepResult:
     """One optimizer step, the same on every rank. Rows that were not in the step hold zeros."""
 
-    updated: bool  # False when the optimizer skipped the step (overflow)
+    updated: bool  # False when fp16 gradients overflowed: the step was skipped, the scale adapted
     loss: float
-    grad_norm: float
+    grad_norm: float  # before clipping; NaN of a skipped step
     logprobs: Tensor  # float32 [N, T], from the training forward, before the step
     entropy: Tensor  # float32 [N, T]
+    loss_scale: float = 1.0  # that this step's gradients were scaled by; 1 but for fp16
 
 
 class Engine:
@@ -186,18 +189,21 @@ class TrainableEngine(Engine):
         knobs: BatchSection,
         temperature: float,
         total_steps: int,
+        precision: PrecisionOptions,
     ) -> None:
         super().__init__(chunks, shape, knobs.micro_batch_tokens, temperature)
+        self.precision = precision
         on_gpu = self.grid.device.type == "cuda"
         # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0003).
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=on_gpu,
             overlap_grad_reduce=on_gpu,
+            **ddp_options(precision),
         )
         with megatron_calls():
             self.chunks = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
-            self.optimizer = make_optimizer(self.chunks, knobs, on_gpu)
+            self.optimizer = make_optimizer(self.chunks, knobs, precision, on_gpu)
         no_sync = [chunk.no_sync for chunk in self.chunks]
         config = chunks[0].config  # one object for all chunks
         config.finalize_model_grads_func = finalize_model_grads
@@ -228,23 +234,32 @@ class TrainableEngine(Engine):
     ) -> StepResult:
         """One optimizer step on `rows`.
 
-        Raises NotFinite on every rank, before any weight changes, when the loss or a gradient is
-        not finite on any.
+        Raises NotFinite on every rank, before any weight changes, when the loss, a log-prob or a
+        gradient is not finite on any. Only fp16 gradients may be, while their scale can still fall:
+        Megatron's optimizer then skips the step.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._schedule(sequences, rows, loss)
         logprobs, entropy, value = self._assemble(outputs, sequences)
-        if not (math.isfinite(value) and self._gradients_are_finite()):
+        forward_is_finite = math.isfinite(value) and bool(logprobs.isfinite().all())
+        scale = float(self.optimizer.get_loss_scale())
+        if not forward_is_finite or not (self._can_skip(scale) or self._gradients_are_finite()):
             raise NotFinite(
-                f"a mini-batch of {len(rows)} rollouts gave a loss of {value} and gradients that "
-                "are not all finite; no weight was changed. Lower the learning rate (lr), or look "
-                "at grad_norm of the last steps"
+                f"a mini-batch of {len(rows)} rollouts gave a loss of {value}, and log-probs or "
+                f"gradients (of {scale:g} times the loss) that are not all finite; no weight was "
+                "changed. Lower the learning rate (lr), or look at grad_norm of the last steps"
             )
         with megatron_calls():
             updated, grad_norm, _ = self.optimizer.step()
-        return StepResult(bool(updated), value, float(grad_norm or 0.0), logprobs, entropy)
+        norm = math.nan if grad_norm is None else float(grad_norm)
+        return StepResult(bool(updated), value, norm, logprobs, entropy, scale)
+
+    def _can_skip(self, scale: float) -> bool:
+        """Whether an overflow may be the loss scale's fault, which the optimizer then lowers."""
+        adapts = self.precision.dtype == "fp16" and self.precision.loss_scale is None
+        return adapts and scale > self.precision.min_loss_scale
 
     def _gradients_are_finite(self) -> bool:
         """The same answer on every rank."""
@@ -258,13 +273,12 @@ class TrainableEngine(Engine):
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""
         with megatron_calls():
+            metadata = dict(_RESHARDABLE)  # Megatron adds its process groups
             model = {
-                f"chunk{i}": module.sharded_state_dict(metadata=_RESHARDABLE)
+                f"chunk{i}": module.sharded_state_dict(metadata=metadata)
                 for i, module in enumerate(self.modules)
             }
-            optimizer = self.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=_RESHARDABLE
-            )
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -279,6 +293,7 @@ class TrainableEngine(Engine):
 def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
     """This rank's place in data, context and pipeline parallelism, as far as micro-batches care."""
     stages = config.pipeline_model_parallel_size
+    sharing = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return Grid(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
@@ -287,14 +302,15 @@ def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
         at_least=stages,
         multiple=stages if config.virtual_pipeline_model_parallel_size else 1,
         equal=stages > 1,
-        token_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        token_multiple=token_multiple(config, sharing),
         device=device,
     )
 
 
-def make_optimizer(chunks: list[Any], knobs: BatchSection, distributed: bool) -> Any:
+def make_optimizer(
+    chunks: list[Any], knobs: BatchSection, precision: PrecisionOptions, distributed: bool
+) -> Any:
     """Megatron's AdamW; norms and biases are exempt from weight decay."""
-    dtype = next(chunks[0].parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=knobs.lr,
@@ -304,8 +320,7 @@ def make_optimizer(chunks: list[Any], knobs: BatchSection, distributed: bool) ->
         adam_beta2=knobs.betas[1],
         adam_eps=knobs.eps,
         clip_grad=knobs.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=distributed,
+        **optimizer_options(precision),
     )
     return get_megatron_optimizer(config, chunks, exempt_norms_and_biases(config))

@@ -12,7 +12,7 @@ from megatron_prime.algorithm.metrics import policy_metrics
 from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
 from megatron_prime.config import PolicySection
 from megatron_prime.models.engine import Forward, StepResult, TrainableEngine
-from megatron_prime.models.mini_batch import MiniBatch, combine
+from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
 from megatron_prime.weights.reshard import gather_hf_tensors
 
@@ -36,16 +36,17 @@ class MegatronPolicy:
         rate = self.engine.next_rate()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.version)
         order = torch.randperm(len(rollouts.sequences), generator=generator)
-        metrics, updated = [], False
+        metrics, steps = [], []
         for rows in order.split(self.knobs.mini_batch_size):
             part = MiniBatch.of(rollouts, rows)
             step = self.engine.train_step(
                 rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
             )
-            updated |= step.updated
+            steps.append(step)
             metrics.append((part, self._metrics(batch, rows, step)))
-        self.version += updated
-        return combine(metrics) | {"policy/lr": rate}
+        self.version += any(step.updated for step in steps)
+        scaling = loss_scaling("policy", self.engine.precision, steps)
+        return combine(metrics) | {"policy/lr": rate} | scaling
 
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_prime.algorithm.prm_loss import prm_ce_loss
 from megatron_prime.config import PrmSection
 from megatron_prime.models.engine import Forward, TrainableEngine
-from megatron_prime.models.mini_batch import MiniBatch, combine
-from megatron_prime.types import PrmUpdate, RolloutBatch, ScoredBatch
+from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
+from megatron_prime.models.precision import without_fp8
+from megatron_prime.types import Metrics, PrmUpdate, RolloutBatch, ScoredBatch
 
 
 class MegatronPrm:
@@ -39,15 +40,29 @@ class MegatronPrm:
         rollouts = batch.rollouts
         rate = self.engine.next_rate()
         forward_logprobs = torch.zeros(rollouts.response_mask.shape)
-        metrics = []
-        for rows in torch.arange(len(rollouts.sequences)).split(self.knobs.mini_batch_size):
+        metrics, steps = [], []
+        mini_batches = torch.arange(len(rollouts.sequences)).split(self.knobs.mini_batch_size)
+        without = self._logprobs_without_fp8(rollouts, mini_batches[0])
+        for rows in mini_batches:
             part = MiniBatch.of(rollouts, rows)
             step = self.engine.train_step(
                 rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
             )
+            steps.append(step)
             forward_logprobs[rows] = step.logprobs[rows]
             metrics.append((part, {"prm/loss": step.loss, "prm/grad_norm": step.grad_norm}))
-        return PrmUpdate(forward_logprobs, combine(metrics) | {"prm/lr": rate})
+        figures = combine(metrics) | {"prm/lr": rate}
+        figures |= loss_scaling("prm", self.engine.precision, steps)
+        if without is not None:
+            figures |= fp8_error(forward_logprobs, without, rollouts, mini_batches[0])
+        return PrmUpdate(forward_logprobs, figures)
+
+    def _logprobs_without_fp8(self, rollouts: RolloutBatch, rows: Tensor) -> Tensor | None:
+        """What bf16 products would make of `rows`: float32 [n, T']; None where nothing is FP8."""
+        if self.engine.precision.fp8 is None:
+            return None
+        with without_fp8(*self.engine.modules):
+            return self.engine.logprobs([rollouts.sequences[row] for row in rows.tolist()])
 
     def _loss(self, batch: ScoredBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's cross-entropy."""
@@ -56,3 +71,10 @@ class MegatronPrm:
         outcomes = batch.rollouts.outcome_rewards[forward.rows.cpu()].to(ref.device)
         loss = prm_ce_loss(forward.logprobs, ref, mask, outcomes, self.knobs.beta)
         return loss * part.share(mask, "seq_mean_token_mean")
+
+
+def fp8_error(in_fp8: Tensor, without: Tensor, rollouts: RolloutBatch, rows: Tensor) -> Metrics:
+    """Mean distance of the log-probs of `rows` [n] with FP8 [N, T] and without it [n, T']."""
+    width = without.shape[1]
+    apart = (in_fp8[rows, :width] - without).abs()
+    return {"prm/fp8_logprob_error": apart[rollouts.response_mask[rows, :width]].mean().item()}

@@ -20,7 +20,7 @@ from megatron_prime.config import ConfigError
 from megatron_prime.rollout.decoding import Request, decode
 from megatron_prime.types import Group, Prompt, Rollout, Sampling
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Tokenizer(Protocol):
@@ -42,7 +42,7 @@ class LocalEngine:
         hf_dir: Path,
         rank: int,
         world_size: int,
-        precision: Literal["fp32", "bf16"],
+        dtype: Literal["fp32", "bf16", "fp16"],
         batch_size: int,
         tokenizer: Tokenizer,
         device: torch.device | str,
@@ -58,7 +58,7 @@ class LocalEngine:
         with torch.device(device):
             self.model: Any = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(hf_dir),
-                dtype=DTYPES[precision],
+                dtype=DTYPES[dtype],
                 attn_implementation="sdpa",
             )
         self.model.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_prime.weights.layout import fuse, part_of
 from megatron_prime.weights.names import hf_shapes, parameters_by_entry
@@ -34,4 +35,16 @@ def load_hf(chunks: Sequence[torch.nn.Module], hf_dir: Path, shape: ModelShape) 
             checkpoint.read(name, part_of(entry.layout, checkpoint.size(name), shape, tp, rank))
             for name in entry.hf
         ]
-        parameter.copy_(fuse(entry.layout, parts, shape, tp))
+        fill(parameter, fuse(entry.layout, parts, shape, tp))
+
+
+def fill(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Give a parameter its value.
+
+    An FP8 one is rounded by the copy. What it was initialised with is kept beside it for the fp32
+    master weights (megatron/core/optimizer/distrib_optimizer.py), so that has to change, too.
+    """
+    parameter.copy_(value)
+    if getattr(parameter, "_high_precision_init_val", None) is not None:
+        kept = value.to(device="cpu", dtype=parameter.dtype)
+        parameter._high_precision_init_val = kept  # type: ignore[attr-defined]

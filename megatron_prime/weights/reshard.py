@@ -16,6 +16,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_prime.weights.layout import join, unfuse
@@ -41,8 +42,8 @@ def gather_hf_tensors(
 
     Collective over the model-parallel group: all its ranks must run through the iterator. Every
     rank gets the same tensors in the same order, on its device; they share no memory with the
-    model and stay valid. Tied embeddings come once. A bucket holds at most `bucket_bytes` of whole
-    tensors, or a single tensor (or fused group) that is larger.
+    model and stay valid. Tied embeddings come once, FP8 weights dequantised. A bucket holds at most
+    `bucket_bytes` of whole tensors, or a single tensor (or fused group) that is larger.
     """
     mine = {
         entry.megatron: parameter.detach()
@@ -96,13 +97,18 @@ def _broadcast(
     """The bucket's shards one after the other, from `stage` to all pipeline stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.rank() == stage:
-        flat = torch.cat([mine[shard.entry.megatron].flatten() for shard in bucket])
+        flat = torch.cat([_values(mine[shard.entry.megatron]).flatten() for shard in bucket])
     else:
         numel = sum(prod(shard.size) for shard in bucket)
         flat = torch.empty(numel, dtype=bucket[0].dtype, device=device)
     if group.size() > 1:
         dist.broadcast(flat, dist.get_global_rank(group, stage), group=group)
     return flat
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """A parameter's values in its nominal type; FP8 ones become a copy, so a bucket at a time."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 
 
 def _take_apart(

@@ -26,7 +26,7 @@ from layouts import LAYOUTS, OF_EIGHT, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from tiny_models import CONFIGS  # noqa: E402
 
-from megatron_prime.config import ParallelSizes  # noqa: E402
+from megatron_prime.config import ParallelSizes, PrecisionOptions  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import Engine  # noqa: E402
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy  # noqa: E402
@@ -145,7 +145,8 @@ class Tested:
         return [*chosen, self.export] if self.layout in EXPORTED else chosen
 
     def model(self, precision: Any = "fp32", **megatron: Any) -> Any:
-        chunks = build_model(self.shape, precision, {**self.megatron, **megatron})
+        options = {**self.megatron, **megatron}
+        chunks = build_model(self.shape, PrecisionOptions(dtype=precision), options)
         load_hf(chunks, self.hf_dir, self.shape)
         return chunks
 
@@ -184,7 +185,7 @@ class Tested:
 
     def copies(self) -> None:
         """Random weights are the same in all replicas; a tied output layer is the embedding."""
-        model = build_model(self.shape, "fp32", self.megatron)
+        model = build_model(self.shape, PrecisionOptions(dtype="fp32"), self.megatron)
         parameters = [p.detach().flatten() for chunk in model for p in chunk.parameters()]
         ours = [torch.cat(parameters)]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

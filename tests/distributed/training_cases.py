@@ -21,7 +21,12 @@ before_megatron_import()
 from layouts import LAYOUTS, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_prime.config import ParallelSizes, PolicySection, PrmSection  # noqa: E402
+from megatron_prime.config import (  # noqa: E402
+    ParallelSizes,
+    PolicySection,
+    PrecisionOptions,
+    PrmSection,
+)
 from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import (  # noqa: E402
@@ -62,7 +67,9 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
     sequence_parallel = sizes.tp > 1 and hf_dir.name in ("untied", "qwen3")
     options = {**megatron_options(sizes), "sequence_parallel": sequence_parallel}
 
-    def model(precision: Any = "fp32") -> Any:
+    exact, half = PrecisionOptions(dtype="fp32"), PrecisionOptions(dtype="bf16")
+
+    def model(precision: PrecisionOptions = exact) -> Any:
         built = build_model(shape, precision, options)
         load_hf(built, hf_dir, shape)
         return built
@@ -70,11 +77,11 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
     policy_knobs = PolicySection.model_validate(job["policy"][hf_dir.name])
     prm_knobs = PrmSection.model_validate(job["prm"])
     policy = MegatronPolicy(
-        TrainableEngine(model(), shape, policy_knobs, job["temperature"], UPDATES),
+        TrainableEngine(model(), shape, policy_knobs, job["temperature"], UPDATES, exact),
         policy_knobs,
         seed=job["seed"],
     )
-    prm = MegatronPrm(TrainableEngine(model(), shape, prm_knobs, 1.0, UPDATES), prm_knobs)
+    prm = MegatronPrm(TrainableEngine(model(), shape, prm_knobs, 1.0, UPDATES, exact), prm_knobs)
     reference = MegatronReference(Engine(model(), shape, prm_knobs.micro_batch_tokens, 1.0))
 
     rollouts = rollout_batch(job)
@@ -84,7 +91,7 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
     batch = TrainBatch(scored, None, job["advantages"])
     metrics = [policy.update(batch) for _ in range(UPDATES)]
     weights = dict(gather_hf_tensors(policy.engine.modules, shape))
-    halves = TrainableEngine(model("bf16"), shape, prm_knobs, 1.0, UPDATES)
+    halves = TrainableEngine(model(half), shape, prm_knobs, 1.0, UPDATES, half)
     half_updates = [MegatronPrm(halves, prm_knobs).update(scored) for _ in range(UPDATES)]
     return {
         "policy": weights,

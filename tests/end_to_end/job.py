@@ -39,7 +39,10 @@ steps = 6
 timeout_s = 120
 [model]
 hf = "{folder}/start"
-precision = "fp32"
+[precision]
+policy.dtype = "fp32"
+prm.dtype = "fp32"
+reference.dtype = "fp32"
 [data]
 train = "{folder}/train.jsonl"
 eval = "{folder}/eval.jsonl"

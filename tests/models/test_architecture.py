@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, PrecisionOptions
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.weights.shape import ModelShape
 
@@ -36,7 +36,7 @@ SHAPE = ModelShape(
 
 
 def config_of(shape: ModelShape = SHAPE, precision: Any = "fp32", **megatron: Any) -> Any:
-    return architecture.transformer_config(shape, precision, megatron)
+    return architecture.transformer_config(shape, PrecisionOptions(dtype=precision), megatron)
 
 
 def test_the_shape_arrives() -> None:
@@ -62,7 +62,7 @@ def test_options_pass_through() -> None:
     [
         ({"tensor_paralel_size": 2}, "megatron.tensor_paralel_size: Megatron's TransformerConfig"),
         ({"hidden_size": 64}, "megatron.hidden_size: it comes from the model's config.json"),
-        ({"bf16": True}, "megatron.bf16: it comes from the model's config.json or [model]"),
+        ({"bf16": True}, "megatron.bf16: it comes from the model's config.json or [precision]"),
         ({"attention_dropout": 0.1}, "megatron.attention_dropout: found 0.1, wanted 0.0"),
         ({"variable_seq_lengths": True}, "megatron.variable_seq_lengths: found True, wanted False"),
         ({"calculate_per_token_loss": True}, "megatron.calculate_per_token_loss: found True"),

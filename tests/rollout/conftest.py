@@ -66,10 +66,8 @@ def hf_dir(model, tmp_path_factory):
 
 @pytest.fixture
 def make_engine(hf_dir):
-    def make(rank=0, world_size=1, batch_size=64, precision="fp32"):
-        return LocalEngine(
-            hf_dir, rank, world_size, precision, batch_size, AlphabetTokenizer(), "cpu"
-        )
+    def make(rank=0, world_size=1, batch_size=64, dtype="fp32"):
+        return LocalEngine(hf_dir, rank, world_size, dtype, batch_size, AlphabetTokenizer(), "cpu")
 
     return make
 

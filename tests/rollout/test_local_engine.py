@@ -95,7 +95,7 @@ def test_new_weights_replace_the_old_ones(engine, model, prompts):
 
 
 def test_bf16_engine_takes_fp32_weights(make_engine, model, prompts):
-    engine = make_engine(precision="bf16")
+    engine = make_engine(dtype="bf16")
     engine.load_weights(iter(model.named_parameters()), version=0)
     weight = engine.model.model.embed_tokens.weight
     assert weight.dtype == torch.bfloat16
