@@ -28,11 +28,12 @@ from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
-from megatron_prime.models.engine import Engine, TrainableEngine
+from megatron_prime.models.engine import Engine
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
+from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Roles
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize

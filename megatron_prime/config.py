@@ -322,6 +322,19 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay on disk; 0 keeps all."""
 
 
+class DebugSection(Section):
+    """Looking for what went wrong."""
+
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinity in an update does: `stop` the run, or `skip` that mini-batch. Either
+    saves the first such batches for `python -m megatron_prime replay`."""
+    save_rollouts: bool = False
+    """Write every verified group to `rollouts/` in the run folder."""
+    rollouts_from: FilePath | None = None
+    """Train on the groups that `save_rollouts` or the command `rollout` wrote to this folder, and
+    generate none."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -340,6 +353,7 @@ class RunConfig(Section):
     sft: SftSection = SftSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    debug: DebugSection = DebugSection()
     megatron: dict[str, Any] = {}
     """Options of Megatron's TransformerConfig (tensor_model_parallel_size …), passed untouched."""
 

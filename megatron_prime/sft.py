@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.data.sft_data import SftExample
-from megatron_prime.models.engine import Forward, TrainableEngine
+from megatron_prime.models.engine import Forward
 from megatron_prime.models.mini_batch import MiniBatch, loss_scaling
+from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Recorder
 from megatron_prime.types import TokenSequence
 

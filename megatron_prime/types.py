@@ -144,6 +144,16 @@ class RolloutBatch:
             rollout_logprobs=logprobs,
         )
 
+    def select(self, rows: Tensor) -> RolloutBatch:
+        """Only `rows` (int64 [n]), in their order; groups are torn apart."""
+        return RolloutBatch(
+            tuple(self.sequences[row] for row in rows.tolist()),
+            1,
+            self.response_mask[rows],
+            self.outcome_rewards[rows],
+            self.rollout_logprobs[rows],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
@@ -152,6 +162,11 @@ class ScoredBatch:
     rollouts: RolloutBatch
     old_logprobs: Tensor  # float32 [N, T], the policy before this step's update
     ref_logprobs: Tensor | None  # float32 [N, T], the frozen reference; None when nothing needs it
+
+    def select(self, rows: Tensor) -> ScoredBatch:
+        """Only `rows` (int64 [n])."""
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
+        return ScoredBatch(self.rollouts.select(rows), self.old_logprobs[rows], ref)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +184,11 @@ class TrainBatch:
     scored: ScoredBatch
     process_rewards: Tensor | None  # float32 [N, T], 0 on padding; None in outcome-only runs
     advantages: Tensor  # float32 [N, T], 0 on padding
+
+    def select(self, rows: Tensor) -> TrainBatch:
+        """Only `rows` (int64 [n])."""
+        rewards = None if self.process_rewards is None else self.process_rewards[rows]
+        return TrainBatch(self.scored.select(rows), rewards, self.advantages[rows])
 
 
 @dataclass(frozen=True, slots=True)

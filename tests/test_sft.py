@@ -12,7 +12,8 @@ import torch
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.data.sft_data import SftExample
-from megatron_prime.models.engine import Forward, Loss, StepResult
+from megatron_prime.models.engine import Forward, Loss
+from megatron_prime.models.training import StepResult
 from megatron_prime.sft import as_sequences, run, shuffled
 from megatron_prime.types import TokenSequence
 

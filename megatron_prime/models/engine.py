@@ -1,8 +1,8 @@
-"""Forward, backward and optimizer step of one Megatron-core model; the same code on gloo and NCCL.
+"""Forward and backward of one Megatron-core model; the same code on gloo and NCCL.
 
-Megatron's own parts do the work: its pipeline schedules, DDP, `finalize_model_grads`, clipping and
-optimizer. This file adds what reinforcement learning needs around them: log-probs of the response
-tokens of any rows, assembled on every rank, and losses that are sums over the whole mini-batch.
+Megatron's pipeline schedules do the work. This file adds what reinforcement learning needs around
+them: log-probs of the response tokens of any rows, assembled on every rank, and losses that are
+sums over the whole mini-batch. `training.py` adds the optimizer.
 
 Scaling. A loss function returns its micro-batch's share of the mini-batch loss, so that the shares
 of all micro-batches of all data-parallel ranks add up to it. Megatron divides each micro-batch's
@@ -11,7 +11,6 @@ loss by their number and each gradient by the data-parallel size; `share` multip
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,25 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer import get_standard_config_overrides as exempt_norms_and_biases
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prime.config import BatchSection, PrecisionOptions
 from megatron_prime.errors import NotFinite
 from megatron_prime.models.architecture import ModelShape
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy
 from megatron_prime.models.micro_batch import Grid, MicroBatch, cut
-from megatron_prime.models.precision import ddp_options, optimizer_options
 from megatron_prime.precision_rules import token_multiple
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import TokenSequence
@@ -54,23 +43,8 @@ class Forward:
     loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
 
 
-# The distributed optimizer's default format can't be saved by this version's dist_checkpointing
-# (mapping.py:133 refuses flattened ranges); this one can, and loads in any layout.
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-
+_NAMED = 5  # culprits of a rank that are named
 Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mini-batch loss
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One optimizer step, the same on every rank. Rows that were not in the step hold zeros."""
-
-    updated: bool  # False when fp16 gradients overflowed: the step was skipped, the scale adapted
-    loss: float
-    grad_norm: float  # before clipping; NaN of a skipped step
-    logprobs: Tensor  # float32 [N, T], from the training forward, before the step
-    entropy: Tensor  # float32 [N, T]
-    loss_scale: float = 1.0  # that this step's gradients were scaled by; 1 but for fp16
 
 
 class Engine:
@@ -89,9 +63,27 @@ class Engine:
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Log-probs of all response tokens: float32 [N, T] on every rank's host, 0 on padding."""
+        """Log-probs of all response tokens: float32 [N, T] on every rank's host, 0 on padding.
+
+        Raises NotFinite on every rank when one is not finite.
+        """
         outputs = self._schedule(sequences, range(len(sequences)), loss=None)
-        return self._assemble(outputs, sequences)[0]
+        logprobs = self._assemble(outputs, sequences)[0]
+        if not logprobs.isfinite().all():
+            raise NotFinite(f"log-probs are not finite:\n{culprits(broken_rows(outputs))}")
+        return logprobs
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The weights alone, for Megatron's dist_checkpointing."""
+        return {
+            f"chunk{i}": module.sharded_state_dict(metadata={})
+            for i, module in enumerate(self.modules)
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over what `sharded_weights` described and a checkpoint filled in."""
+        for i, module in enumerate(self.modules):
+            module.load_state_dict(state[f"chunk{i}"])
 
     def _schedule(
         self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss | None
@@ -179,117 +171,6 @@ class Engine:
         return both[0], both[1], loss.item()
 
 
-class TrainableEngine(Engine):
-    """An Engine with gradients, fp32 master weights and a learning-rate schedule."""
-
-    def __init__(
-        self,
-        chunks: Sequence[Any],
-        shape: ModelShape,
-        knobs: BatchSection,
-        temperature: float,
-        total_steps: int,
-        precision: PrecisionOptions,
-    ) -> None:
-        super().__init__(chunks, shape, knobs.micro_batch_tokens, temperature)
-        self.precision = precision
-        on_gpu = self.grid.device.type == "cuda"
-        # The distributed optimizer does not resume exactly on a CPU (docs/decisions/0003).
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=on_gpu,
-            overlap_grad_reduce=on_gpu,
-            **ddp_options(precision),
-        )
-        with megatron_calls():
-            self.chunks = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
-            self.optimizer = make_optimizer(self.chunks, knobs, precision, on_gpu)
-        no_sync = [chunk.no_sync for chunk in self.chunks]
-        config = chunks[0].config  # one object for all chunks
-        config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        config.grad_scale_func = self.optimizer.scale_loss
-        self.schedule = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=knobs.lr,
-            min_lr=0.0,
-            lr_warmup_steps=knobs.warmup_steps,
-            # One more than the run, so that the last step still has a rate above 0.
-            lr_decay_steps=max(total_steps, knobs.warmup_steps) + 1,
-            lr_decay_style=knobs.schedule,
-            start_wd=knobs.weight_decay,
-            end_wd=knobs.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
-
-    def next_rate(self) -> float:
-        """Move the schedule on by one step and return the learning rate from now on."""
-        self.schedule.step(increment=1)
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def train_step(
-        self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss
-    ) -> StepResult:
-        """One optimizer step on `rows`.
-
-        Raises NotFinite on every rank, before any weight changes, when the loss, a log-prob or a
-        gradient is not finite on any. Only fp16 gradients may be, while their scale can still fall:
-        Megatron's optimizer then skips the step.
-        """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._schedule(sequences, rows, loss)
-        logprobs, entropy, value = self._assemble(outputs, sequences)
-        forward_is_finite = math.isfinite(value) and bool(logprobs.isfinite().all())
-        scale = float(self.optimizer.get_loss_scale())
-        if not forward_is_finite or not (self._can_skip(scale) or self._gradients_are_finite()):
-            raise NotFinite(
-                f"a mini-batch of {len(rows)} rollouts gave a loss of {value}, and log-probs or "
-                f"gradients (of {scale:g} times the loss) that are not all finite; no weight was "
-                "changed. Lower the learning rate (lr), or look at grad_norm of the last steps"
-            )
-        with megatron_calls():
-            updated, grad_norm, _ = self.optimizer.step()
-        norm = math.nan if grad_norm is None else float(grad_norm)
-        return StepResult(bool(updated), value, norm, logprobs, entropy, scale)
-
-    def _can_skip(self, scale: float) -> bool:
-        """Whether an overflow may be the loss scale's fault, which the optimizer then lowers."""
-        adapts = self.precision.dtype == "fp16" and self.precision.loss_scale is None
-        return adapts and scale > self.precision.min_loss_scale
-
-    def _gradients_are_finite(self) -> bool:
-        """The same answer on every rank."""
-        finite = [
-            buffer.grad_data.isfinite().all() for chunk in self.chunks for buffer in chunk.buffers
-        ]
-        broken = (~torch.stack(finite).all()).float()
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-        return not bool(broken)
-
-    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
-        """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""
-        with megatron_calls():
-            metadata = dict(_RESHARDABLE)  # Megatron adds its process groups
-            model = {
-                f"chunk{i}": module.sharded_state_dict(metadata=metadata)
-                for i, module in enumerate(self.modules)
-            }
-            optimizer = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `sharded_state_dict` described and a checkpoint filled in."""
-        with megatron_calls():
-            for i, module in enumerate(self.modules):
-                module.load_state_dict(state["model"][f"chunk{i}"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-
-
 def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
     """This rank's place in data, context and pipeline parallelism, as far as micro-batches care."""
     stages = config.pipeline_model_parallel_size
@@ -307,20 +188,28 @@ def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
     )
 
 
-def make_optimizer(
-    chunks: list[Any], knobs: BatchSection, precision: PrecisionOptions, distributed: bool
-) -> Any:
-    """Megatron's AdamW; norms and biases are exempt from weight decay."""
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=knobs.lr,
-        min_lr=0.0,
-        weight_decay=knobs.weight_decay,
-        adam_beta1=knobs.betas[0],
-        adam_beta2=knobs.betas[1],
-        adam_eps=knobs.eps,
-        clip_grad=knobs.clip_grad,
-        use_distributed_optimizer=distributed,
-        **optimizer_options(precision),
+def culprits(found: list[str]) -> str:
+    """What each rank found to be not finite, a line a rank; collective."""
+    per_rank: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(per_rank, found)
+    return "\n".join(
+        f"rank {rank}: {', '.join(names[:_NAMED])}{f' and {more} more' if more > 0 else ''}"
+        for rank, names in enumerate(per_rank)
+        if (more := len(names) - _NAMED) > -_NAMED
     )
-    return get_megatron_optimizer(config, chunks, exempt_norms_and_biases(config))
+
+
+def broken_rows(outputs: Sequence[Forward]) -> list[str]:
+    """Which rows have log-probs or a share of the loss that are not finite, on this rank."""
+    rows = [
+        f"log-probs of row {int(row)}"
+        for output in outputs
+        for row, logprobs in zip(output.rows, output.logprobs, strict=True)
+        if not logprobs.isfinite().all()
+    ]
+    losses = [
+        f"loss of a micro-batch with rows {output.rows.tolist()}"
+        for output in outputs
+        if not torch.as_tensor(output.loss).isfinite()
+    ]
+    return rows + losses

@@ -14,7 +14,8 @@ from typing import Literal
 from torch import Tensor
 
 from megatron_prime.config import PrecisionOptions
-from megatron_prime.models.engine import Forward, StepResult
+from megatron_prime.models.engine import Forward
+from megatron_prime.models.training import StepResult
 from megatron_prime.types import Metrics, RolloutBatch
 
 _TOKEN_MEANS = ("/clip_fraction", "/approx_kl", "/entropy")  # other figures are of rollouts
@@ -58,12 +59,12 @@ def combine(steps: Sequence[tuple[MiniBatch, Metrics]]) -> Metrics:
         weights = [part.tokens if per_token else part.rollouts for part, _ in steps]
         return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
-    return {name: figure(name) for name in steps[0][1]}
+    return {name: figure(name) for name in steps[0][1]} if steps else {}
 
 
 def loss_scaling(name: str, precision: PrecisionOptions, steps: Sequence[StepResult]) -> Metrics:
     """How fp16's loss scaling fared in an update: the last step's scale, and steps skipped."""
-    if precision.dtype != "fp16":
+    if precision.dtype != "fp16" or not steps:
         return {}
     return {
         f"{name}/loss_scale": steps[-1].loss_scale,

@@ -11,8 +11,10 @@ from torch import Tensor
 from megatron_prime.algorithm.metrics import policy_metrics
 from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
 from megatron_prime.config import PolicySection
-from megatron_prime.models.engine import Forward, StepResult, TrainableEngine
+from megatron_prime.models.engine import Forward
+from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
+from megatron_prime.models.training import StepResult, TrainableEngine
 from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
 from megatron_prime.weights.reshard import gather_hf_tensors
 
@@ -20,15 +22,18 @@ from megatron_prime.weights.reshard import gather_hf_tensors
 class MegatronPolicy:
     """The Policy role on a Megatron-core engine."""
 
-    def __init__(self, engine: TrainableEngine, knobs: PolicySection, seed: int) -> None:
+    def __init__(
+        self, engine: TrainableEngine, knobs: PolicySection, seed: int, guard: Guard
+    ) -> None:
         self.engine = engine
+        self.guard = guard
         self.knobs = knobs
         self.seed = seed
         self.version = 0
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probs at the sampling temperature, without gradients: float32 [N, T]."""
-        return self.engine.logprobs(batch.sequences)
+        return self.guard.logprobs(self.engine, batch)
 
     def update(self, batch: TrainBatch) -> Metrics:
         """One pass over the batch in shuffled mini-batches, an optimizer step each."""
@@ -39,14 +44,14 @@ class MegatronPolicy:
         metrics, steps = [], []
         for rows in order.split(self.knobs.mini_batch_size):
             part = MiniBatch.of(rollouts, rows)
-            step = self.engine.train_step(
-                rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
-            )
-            steps.append(step)
-            metrics.append((part, self._metrics(batch, rows, step)))
+            loss = partial(self._loss, batch, part)
+            step = self.guard.train_step(self.engine, batch, rows, loss)
+            if step is not None:
+                steps.append(step)
+                metrics.append((part, self._metrics(batch, rows, step)))
         self.version += any(step.updated for step in steps)
         scaling = loss_scaling("policy", self.engine.precision, steps)
-        return combine(metrics) | {"policy/lr": rate} | scaling
+        return combine(metrics) | {"policy/lr": rate} | scaling | self.guard.figures()
 
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""

@@ -14,22 +14,25 @@ from torch import Tensor
 
 from megatron_prime.algorithm.prm_loss import prm_ce_loss
 from megatron_prime.config import PrmSection
-from megatron_prime.models.engine import Forward, TrainableEngine
+from megatron_prime.models.engine import Forward
+from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.precision import without_fp8
+from megatron_prime.models.training import TrainableEngine
 from megatron_prime.types import Metrics, PrmUpdate, RolloutBatch, ScoredBatch
 
 
 class MegatronPrm:
     """The ProcessRewardModel role on a Megatron-core engine."""
 
-    def __init__(self, engine: TrainableEngine, knobs: PrmSection) -> None:
+    def __init__(self, engine: TrainableEngine, knobs: PrmSection, guard: Guard) -> None:
         self.engine = engine
+        self.guard = guard
         self.knobs = knobs
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the responses, without gradients: float32 [N, T]."""
-        return self.engine.logprobs(batch.sequences)
+        return self.guard.logprobs(self.engine, batch)
 
     def update(self, batch: ScoredBatch) -> PrmUpdate:
         """One pass over the batch, in its order, an optimizer step per mini-batch.
@@ -37,6 +40,7 @@ class MegatronPrm:
         The training forwards of mini-batch m come from weights that have seen the m - 1 before it,
         as in the released code.
         """
+        assert batch.ref_logprobs is not None, "a PRM update needs reference log-probs"
         rollouts = batch.rollouts
         rate = self.engine.next_rate()
         forward_logprobs = torch.zeros(rollouts.response_mask.shape)
@@ -45,14 +49,16 @@ class MegatronPrm:
         without = self._logprobs_without_fp8(rollouts, mini_batches[0])
         for rows in mini_batches:
             part = MiniBatch.of(rollouts, rows)
-            step = self.engine.train_step(
-                rollouts.sequences, rows.tolist(), partial(self._loss, batch, part)
-            )
+            loss = partial(self._loss, batch, part)
+            step = self.guard.train_step(self.engine, batch, rows, loss)
+            if step is None:  # a log-ratio of 0 rewards nothing
+                forward_logprobs[rows] = batch.ref_logprobs[rows]
+                continue
             steps.append(step)
             forward_logprobs[rows] = step.logprobs[rows]
             metrics.append((part, {"prm/loss": step.loss, "prm/grad_norm": step.grad_norm}))
         figures = combine(metrics) | {"prm/lr": rate}
-        figures |= loss_scaling("prm", self.engine.precision, steps)
+        figures |= loss_scaling("prm", self.engine.precision, steps) | self.guard.figures()
         if without is not None:
             figures |= fp8_error(forward_logprobs, without, rollouts, mini_batches[0])
         return PrmUpdate(forward_logprobs, figures)

@@ -24,9 +24,10 @@ from training_cases import rollout_batch  # noqa: E402
 from megatron_prime.config import ParallelSizes, PolicySection, PrecisionOptions, PrmSection  # noqa: E402
 from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
-from megatron_prime.models.engine import Engine, Forward, TrainableEngine  # noqa: E402
+from megatron_prime.models.engine import Engine, Forward  # noqa: E402
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
+from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.compat import megatron_calls, save_in_process  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402

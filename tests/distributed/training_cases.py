@@ -29,14 +29,11 @@ from megatron_prime.config import (  # noqa: E402
 )
 from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
-from megatron_prime.models.engine import (  # noqa: E402
-    Engine,
-    Forward,
-    TrainableEngine,
-)
+from megatron_prime.models.engine import Engine, Forward  # noqa: E402
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.reference import MegatronReference  # noqa: E402
+from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch  # noqa: E402

@@ -26,9 +26,10 @@ before_megatron_import()
 from megatron.core.fp8_utils import is_float8tensor  # noqa: E402
 
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
-from megatron_prime.models.engine import Engine, Forward, TrainableEngine  # noqa: E402
+from megatron_prime.models.engine import Engine, Forward  # noqa: E402
 from megatron_prime.models.precision import Chip, chip_problems, without_fp8  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
+from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import Rendezvous  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402

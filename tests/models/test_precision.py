@@ -20,9 +20,9 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_prime import precision_rules  # noqa: E402
-from megatron_prime.models.engine import StepResult  # noqa: E402
 from megatron_prime.models.mini_batch import loss_scaling  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
+from megatron_prime.models.training import StepResult  # noqa: E402
 from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence  # noqa: E402
 
 Chip = precision.Chip
