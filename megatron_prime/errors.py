@@ -14,3 +14,7 @@ class BatchNotFilled(RunError):
 
 class NotFinite(RunError, FloatingPointError):
     """A loss, gradient or log-prob is NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end, and has saved: no error, but not the end of its work either."""
