@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_prime.config import ConfigError
-from megatron_prime.errors import RunError
+from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.runtime.hub import Hub
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.signals import SAVED, StopSignals
@@ -138,10 +138,10 @@ class Launch:
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether `error` is what the end of another rank looks like from here: a broken connection."""
+    """Whether `error` is only what another rank's looks like from here: a broken connection."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, dist.DistError) or "gloo/transport" in str(seen):
+        if isinstance(seen, (dist.DistError, OtherRankFailed)) or "gloo/transport" in str(seen):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -24,6 +24,7 @@ JOIN_S = float(os.environ.get("JOIN_S", "60"))
 
 def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: str) -> int:
     hub = None
+    module.ECHO_S, module.GRACE_S = 2.0, float(os.environ.get("GRACE_S", "1"))
     if rank == 0:
         hub = Hub("127.0.0.1", world_size, beat_seconds(lost_after_s), JOIN_S)
         (folder / "hub.part").write_text(f"{hub.port} {hub.token}")
@@ -43,7 +44,6 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
         case ["finish", seconds]:
             time.sleep(float(seconds))
         case ["fail", error, *echo]:
-            module.ECHO_S = 2.0
             ending = watchdog.failed(error, echo=bool(echo))
             assert ending is not None
             if ending.rank == rank:
