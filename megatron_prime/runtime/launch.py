@@ -104,17 +104,17 @@ class Launch:
 
     def failed(self, error: BaseException) -> int:
         """Report `error` to the other ranks, or learn whose it is; say so once. The exit code."""
-        meant = isinstance(error, RunError)
+        meant, echo, rank = isinstance(error, RunError), is_echo(error), self.here.rank
         line = str(error) if meant else traceback.format_exception_only(error)[-1].strip()
         trace = "" if meant else "".join(traceback.format_exception(error))
-        echo = is_echo(error)
         ending = self._watchdog.failed(line, echo) if self._watchdog else None
-        mine = ending is None or ending.rank == self.here.rank
-        if ending and not mine and echo:
-            say(ended_because(self.here.rank, ending))
+        if ending and echo and ending.rank != rank:
+            say(ended_because(rank, ending))
             return ENDED
-        if mine or (ending and ending.error != line):  # else it was said by another rank
-            say(f"{trace}[rank {self.here.rank}] {line}")
+        if ending and ending.rank == rank and not line.startswith(ending.error):
+            say(f"[rank {rank}] the others ended without this rank: {ending.error}")
+        elif ending is None or ending.rank == rank or not line.startswith(ending.error):
+            say(f"{trace}[rank {rank}] {line}")  # else the other rank says it
         if isinstance(error, KeyboardInterrupt):
             return 128 + signal.SIGINT
         return 2 if isinstance(error, ConfigError) else 1
