@@ -10,8 +10,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prime import __version__
+
+if TYPE_CHECKING:
+    from megatron_prime.config import RunConfig
+    from megatron_prime.runtime.rendezvous import Rendezvous
 
 COMMANDS = {
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
@@ -22,12 +27,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; exit code 0: done, 1: the run stopped, 2: a bad configuration."""
+    """Run one command; the exit codes are those of docs/operations.md."""
     command, path, overrides = _parse(arguments)
     from megatron_prime.config import ConfigError
     from megatron_prime.config_file import describe, load
-    from megatron_prime.errors import RunError
-    from megatron_prime.runtime.parent import die_with
     from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from
 
     here = Rendezvous()
@@ -44,18 +47,40 @@ def main(arguments: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
+    return _run(command, config, here)
+
+
+def _run(command: str, config: RunConfig, here: Rendezvous) -> int:
+    """Bring the ranks together, run the command on them, and end together."""
+    from megatron_prime.errors import Interrupted
+    from megatron_prime.runtime.launch import Launch, RanksDontMeet
+    from megatron_prime.runtime.parent import die_with
+    from megatron_prime.runtime.signals import SAVED
+
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which doesn't see to it
         die_with(os.getppid())
+    try:
+        launch = Launch(
+            here, config.run.lost_after_s, config.run.timeout_s, saves=command == "train"
+        )
+    except RanksDontMeet as error:
+        print(f"[rank {here.rank}] {error}", file=sys.stderr)
+        return 1
     try:
         from megatron_prime.runtime.compat import before_megatron_import
 
         before_megatron_import()
         from megatron_prime import build
 
-        getattr(build, command)(config, here)
-    except RunError as error:
-        print(f"[rank {here.rank}] {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        getattr(build, command)(config, launch)
+    except Interrupted as stop:
+        launch.finish()
+        if here.rank == 0:
+            print(stop, file=sys.stderr)
+        return SAVED
+    except BaseException as error:  # whatever it is, the other ranks have to hear of it
+        return launch.failed(error)
+    launch.finish()
     return 0
 
 
@@ -75,4 +100,8 @@ def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:  # without Python's tidying, which may wait for lost ranks
+        os._exit(code)

@@ -37,9 +37,9 @@ from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Roles
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
+from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.provenance import write_provenance
 from megatron_prime.runtime.recorder import RunRecorder
-from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.scheduler import ResidentScheduler
 from megatron_prime.types import LoopState, Prompt, VerifiedGroup
 from megatron_prime.validate import models_of
@@ -51,9 +51,9 @@ from megatron_prime.weights.load import load_hf
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 
-def train(config: RunConfig, here: Rendezvous) -> None:
+def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
-    with training_session(config, here, "train") as ranks, ExitStack() as stack:
+    with training_session(config, launch, "train") as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
         stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         policy = MegatronPolicy(
@@ -75,24 +75,22 @@ def train(config: RunConfig, here: Rendezvous) -> None:
         )
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
         engine = local_engine(config, tokenizer, ranks)
-        gpus = ResidentScheduler(recorder.phase)
-        loop.run(
-            config,
-            Roles(
-                prompts=stream,
-                engine=engine,
-                verifier=verifier,
-                ranks=ranks,
-                policy=policy,
-                prm=prm,
-                reference=reference,
-                gpus=gpus,
-                recorder=recorder,
-                checkpoints=checkpoints,
-                eval_prompts=eval_prompts(config, tokenizer),
-            ),
-            state,
+        roles = Roles(
+            prompts=stream,
+            engine=engine,
+            verifier=verifier,
+            ranks=ranks,
+            policy=policy,
+            prm=prm,
+            reference=reference,
+            gpus=ResidentScheduler(recorder.phase),
+            recorder=recorder,
+            checkpoints=checkpoints,
+            signals=launch.signals,
+            eval_prompts=eval_prompts(config, tokenizer),
         )
+        with launch.steps(agree=ranks.largest):
+            loop.run(config, roles, state)
         exported = config.run.folder / "hf"
         export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
         if ranks.rank == 0:
@@ -103,9 +101,9 @@ def train(config: RunConfig, here: Rendezvous) -> None:
             recorder.summary(curves, exported)
 
 
-def sft(config: RunConfig, here: Rendezvous) -> None:
+def sft(config: RunConfig, launch: Launch) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with training_session(config, here, "sft") as ranks:
+    with training_session(config, launch, "sft") as ranks:
         note_start(config, config.run.folder, ranks)
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
@@ -118,7 +116,10 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
         if config.sft.init == "pretrained":
             load_hf(chunks, config.model.hf, shape)
         engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
-        with RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder:
+        with (
+            RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder,
+            launch.steps(agree=None),
+        ):
             sft_stage.run(config, engine, conversations.examples, recorder)
         output = config.sft.output or config.run.folder / "hf"
         export_hf(engine.modules, shape, config.model.hf, output)
@@ -126,17 +127,18 @@ def sft(config: RunConfig, here: Rendezvous) -> None:
             print(f"fine-tuned model: {output}")
 
 
-def evaluate(config: RunConfig, here: Rendezvous) -> None:
+def evaluate(config: RunConfig, launch: Launch) -> None:
     """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
     folder = config.run.folder / "evaluation"
-    with session(config, here, ParallelSizes()) as ranks, ExitStack() as stack:
+    with session(config, launch, ParallelSizes()) as ranks, ExitStack() as stack:
         note_start(config, folder, ranks)
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
         engine = local_engine(config, tokenizer, ranks)
         engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
-        groups = evaluation.answer(config, engine, verifier, ranks, prompts)
+        with launch.steps(agree=None):
+            groups = evaluation.answer(config, engine, verifier, ranks, prompts)
         if ranks.rank == 0:
             records = folder / "answers.jsonl"
             records.write_text("".join(json.dumps(record(group)) + "\n" for group in groups))
@@ -146,13 +148,11 @@ def evaluate(config: RunConfig, here: Rendezvous) -> None:
 
 
 @contextmanager
-def session(config: RunConfig, here: Rendezvous, sizes: ParallelSizes) -> Iterator[WorldRanks]:
+def session(config: RunConfig, launch: Launch, sizes: ParallelSizes) -> Iterator[WorldRanks]:
     """The process groups of a run."""
-    initialize(here, sizes, config.run.seed, config.run.timeout_s)
-    try:
-        yield WorldRanks(config.run.timeout_s)
-    finally:
-        destroy()
+    initialize(launch.here, sizes, config.run.seed, config.run.timeout_s, launch.store)
+    yield WorldRanks(config.run.timeout_s)
+    destroy()  # not after an error: giving groups back may wait for a rank that is lost
 
 
 def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
@@ -162,7 +162,7 @@ def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
 
 
 @contextmanager
-def training_session(config: RunConfig, here: Rendezvous, command: str) -> Iterator[WorldRanks]:
+def training_session(config: RunConfig, launch: Launch, command: str) -> Iterator[WorldRanks]:
     """A session with Megatron models, whose options are checked before any group starts."""
     formats = {name: config.precision.of(name) for name in models_of(config, command)}
     chip = Chip.here()
@@ -171,7 +171,7 @@ def training_session(config: RunConfig, here: Rendezvous, command: str) -> Itera
     for name, precision in formats.items():
         shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
         transformer_config(shape, precision, config.megatron)
-    with session(config, here, config.parallel) as ranks:
+    with session(config, launch, config.parallel) as ranks:
         yield ranks
 
 

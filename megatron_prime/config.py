@@ -115,6 +115,9 @@ class RunSection(Section):
     """Policy updates; each is one filtered batch of prompts."""
     timeout_s: PositiveFloat = 1800.0
     """How long a rank waits in a collective for one that is lost or stuck."""
+    lost_after_s: PositiveFloat = 45.0
+    """A rank that shows no sign of life for so long is given up, and the run ends. Not about slow
+    steps: a rank that computes or waits shows signs of life. See docs/operations.md."""
 
 
 class ModelSection(Section):

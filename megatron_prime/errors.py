@@ -14,3 +14,11 @@ class BatchNotFilled(RunError):
 
 class NotFinite(RunError, FloatingPointError):
     """A loss, gradient or log-prob is NaN or infinite."""
+
+
+class OtherRankFailed(RunError):
+    """All that this rank knows is that another one had an error; that one tells which."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end, and has saved: no error, but not the end of its work either."""

@@ -14,7 +14,7 @@ from megatron_prime.algorithm.advantage import prime_advantages
 from megatron_prime.algorithm.filtering import within_accuracy_window
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
-from megatron_prime.errors import BatchNotFilled
+from megatron_prime.errors import BatchNotFilled, Interrupted
 from megatron_prime.evaluation import evaluate
 from megatron_prime.protocols import Phase, Roles
 
@@ -40,9 +40,12 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
         # Logged before saving: a resumed run lacks no step's line.
         roles.recorder.log(step, metrics | seconds | roles.gpus.peak_memory())
-        if due(step, config.checkpoint.every, config.run.steps):
+        stop = roles.signals.asked()
+        if stop or due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
+        if stop:
+            raise Interrupted(f"{stop}: saved step {step}; the same command continues from there")
 
 
 def collect(

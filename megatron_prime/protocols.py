@@ -117,6 +117,12 @@ class Checkpoints(Protocol):
     def save(self, state: LoopState) -> None: ...
 
 
+class StopSignals(Protocol):
+    """Hears whether the run should end soon: a time limit, preemption, a person."""
+
+    def asked(self) -> str | None: ...  # the signal's name, if any rank got one
+
+
 class Trained(Protocol):
     """A model with its optimizer, as a checkpoint sees it."""
 
@@ -151,4 +157,5 @@ class Roles:
     gpus: Scheduler
     recorder: Recorder
     checkpoints: Checkpoints
+    signals: StopSignals
     eval_prompts: Sequence[Prompt] = ()

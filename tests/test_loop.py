@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_prime.config import RunConfig
-from megatron_prime.errors import BatchNotFilled
+from megatron_prime.errors import BatchNotFilled, Interrupted
 from megatron_prime.loop import run
 from megatron_prime.protocols import Phase, Roles
 from megatron_prime.types import (
@@ -40,6 +40,7 @@ class Fake:
         self.next_id = 0
         self.prm_logprobs = iter(torch.linspace(-2, -1, 50))
         self.trained_on: list[TrainBatch] = []
+        self.asked_to_end: Iterator[str | None] = iter([None] * 50)
 
     # PromptStream
     def take(self, count: int) -> list[Prompt]:
@@ -85,6 +86,10 @@ class Fake:
 
     def save(self, state: LoopState) -> None:
         self.saved.append(state)
+
+    # StopSignals
+    def asked(self) -> str | None:
+        return next(self.asked_to_end)
 
 
 class FakeEngine:
@@ -150,6 +155,7 @@ def play(fake: Fake, state: LoopState | None = None, with_prm: bool = True, **kn
         gpus=fake,
         recorder=fake,
         checkpoints=fake,
+        signals=fake,
         eval_prompts=(Prompt(99, (1,), "4", "math", "fake"),),
     )
     run(config, roles, start)
@@ -247,3 +253,13 @@ def test_the_loop_in_the_readme_is_the_loop() -> None:
         line.strip() for line in Path("megatron_prime/loop.py").read_text().split("\n")
     )
     assert "\n".join(lines) in loop
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_signal_ends_the_run_after_the_step_which_is_saved_once(every: int) -> None:
+    fake = Fake([0.5])
+    fake.asked_to_end = iter([None, "SIGUSR1"])
+    with pytest.raises(Interrupted, match=r"^SIGUSR1: saved step 2; "):
+        play(fake, run={"folder": "unused", "steps": 5}, checkpoint={"every": every})
+    assert [state.step for state in fake.saved] == [2]
+    assert sorted(fake.logged) == [0, 1, 2]

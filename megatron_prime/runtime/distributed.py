@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import Store
 
 from megatron_prime.config import ConfigError, ParallelSizes
 from megatron_prime.runtime.compat import install_cpu_shim
@@ -22,9 +23,16 @@ from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.types import Prompt, VerifiedGroup
 
 
-def initialize(rendezvous: Rendezvous, sizes: ParallelSizes, seed: int, timeout_s: float) -> None:
+def initialize(
+    rendezvous: Rendezvous,
+    sizes: ParallelSizes,
+    seed: int,
+    timeout_s: float,
+    store: Store | None = None,
+) -> None:
     """Make the process group (gloo on CPU, NCCL on GPU) and Megatron's groups; seed both.
 
+    The ranks meet in `store`, or, without one, at the address of `rendezvous`.
     `timeout_s` is how long a collective may wait for a lost rank. Pipeline stages get different
     seeds, replicas the same one. Raises ConfigError, before any group is made, when a replica's
     size does not divide the number of processes.
@@ -43,10 +51,12 @@ def initialize(rendezvous: Rendezvous, sizes: ParallelSizes, seed: int, timeout_
     else:
         install_cpu_shim()
     address = f"tcp://{rendezvous.master_addr}:{rendezvous.master_port}"
+    if world == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=address if world > 1 else None,
-        store=dist.HashStore() if world == 1 else None,  # type: ignore[attr-defined]
+        init_method=None if store else address,
+        store=store,
         rank=rendezvous.rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_s),
@@ -84,6 +94,7 @@ class WorldRanks:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
+        # Objects and flags are on the host: gloo, also beside NCCL.
         self._objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def gather(
@@ -103,3 +114,9 @@ class WorldRanks:
                 "of the rollout engine must answer each prompt once"
             )
         return [found[prompt_id] for prompt_id in wanted]
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks."""
+        shared = torch.tensor(number)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._objects)
+        return int(shared)

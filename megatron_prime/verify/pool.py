@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 import megatron_prime
+from megatron_prime.runtime.signals import block_stop_signals
 from megatron_prime.types import Group, VerifiedGroup
 from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
 
@@ -43,7 +44,9 @@ class VerifierPool:
         self._workers = [_Worker(command) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         # Workers die with the thread that started them (Linux), so only these threads start any.
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        self._threads = ThreadPoolExecutor(
+            workers, thread_name_prefix="verifier", initializer=block_stop_signals
+        )
         try:
             for worker in self._workers:
                 self._threads.submit(worker.start).result()

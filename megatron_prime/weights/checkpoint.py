@@ -3,10 +3,12 @@
     checkpoints/step_000016/
         policy/  prm/        Megatron distributed checkpoints: weights, optimizer, schedule
         rng/rank_00003.pt    random states of each rank
-        run.json             step, policy version, data cursor, surplus groups; written last
+        run.json             step, policy version, data cursor, surplus groups
+        manifest.json        size and checksum of all these files (see manifest.py); written last
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a directory
-called `step_…` is always complete. Weights and optimizer may be loaded by another TP/PP layout.
+called `step_…` is always complete; only what happens to it later can harm it, and the manifest
+shows that before anything is loaded. Weights and optimizer may be loaded by another layout.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prime.config import RunConfig
-from megatron_prime.errors import RunError
+from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls, save_in_process
 from megatron_prime.types import LoopState
+from megatron_prime.weights import manifest
+from megatron_prime.weights.manifest import Damage
 
 _LOOP_STATE = TypeAdapter(LoopState)
 _STEP = re.compile(r"step_(\d{6,})")
@@ -42,6 +46,7 @@ FREE = (
     "run.folder",
     "run.steps",
     "run.timeout_s",
+    "run.lost_after_s",
     "data.train",  # its content is compared by the prompt stream
     "data.eval",
     "rollout.batch_size",
@@ -78,10 +83,35 @@ class RunCheckpoints:
         save_in_process()
 
     def save(self, state: LoopState) -> None:
-        """Write the checkpoint of `state.step`; collective."""
+        """Write the checkpoint of `state.step`; collective. Earlier ones stay if it fails.
+
+        Raises CheckpointError with the cause: a full disk, a quota, missing rights.
+        """
         final = self.folder / f"step_{state.step:06d}"
         temporary = self.folder / f"writing_{final.name}"
+        try:
+            self._write(temporary, state)
+        # Whatever a full disk does to torch, pickle or Megatron; torch's is a BaseException.
+        except (Exception, CheckpointException) as error:
+            kept = completed(self.folder)
+            newest = f"the newest is {kept[-1]}" if kept else "there are none yet"
+            raise CheckpointError(
+                f"can't save {final}: {_first_cause(error)}; checkpoints of before are as they "
+                f"were, {newest}; make room below {self.folder}, or mend what was said, and the "
+                "same command continues"
+            ) from error
         if dist.get_rank() == 0:
+            replaced = _set_aside(final) if final.exists() else None
+            temporary.rename(final)
+            keep = self.config.checkpoint.keep
+            old = [_set_aside(path) for path in completed(self.folder)[:-keep]] if keep else []
+            for doomed in [*old, replaced] if replaced else old:
+                shutil.rmtree(doomed)
+        dist.barrier()
+
+    def _write(self, temporary: Path, state: LoopState) -> None:
+        rank = dist.get_rank()
+        if rank == 0:
             for leftover in [path for name in _UNFINISHED for path in self.folder.glob(name)]:
                 shutil.rmtree(leftover)
             for name in (*self.engines, "rng"):
@@ -91,28 +121,31 @@ class RunCheckpoints:
             with megatron_calls():
                 sharded = engine.sharded_state_dict(is_loading=False)
                 dist_checkpointing.save(sharded, str(temporary / name))
-        torch.save(_rng_state(), temporary / "rng" / f"rank_{dist.get_rank():05d}.pt")
-        dist.barrier()
-        if dist.get_rank() == 0:
+        torch.save(_rng_state(), temporary / "rng" / f"rank_{rank:05d}.pt")
+        if rank == 0:
             (temporary / "run.json").write_text(json.dumps(self._run_state(state)))
-            if final.exists():
-                _remove(final)
-            temporary.rename(final)
-            keep = self.config.checkpoint.keep
-            for old in completed(self.folder)[:-keep] if keep else []:
-                _remove(old)
-        dist.barrier()
+        mine = {
+            name: manifest.measure(temporary / name, to_disk=True)
+            for name in manifest.files_in(temporary)
+            if _writer(name) == rank
+        }
+        parts: list[dict[str, manifest.Entry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        if rank == 0:
+            manifest.write(temporary, {name: e for part in parts for name, e in part.items()})
 
     def resume(self) -> LoopState | None:
         """Load the newest checkpoint into the models and the data stream; None if there is none.
 
-        Raises CheckpointError naming the directory when it can't be read, or the knobs that are
-        not what they were when the run began.
+        Raises CheckpointError naming the file that is damaged and the last checkpoint that is not,
+        or the knobs that are not what they were when the run began.
         """
         found = self._completed_everywhere()
         if not found:
             return None
         newest = found[-1]
+        if damages := self._damages(newest):
+            raise CheckpointError(self._explain(damages, found))
         try:
             saved = json.loads((newest / "run.json").read_text())
             self._check_config(saved["config"])
@@ -142,6 +175,34 @@ class RunCheckpoints:
         found = [completed(self.folder)]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _damages(self, checkpoint: Path) -> list[Damage]:
+        """Files that are not as they were written; the same list on all ranks, which share it."""
+        known = [manifest.read(checkpoint)]
+        dist.broadcast_object_list(known, src=0)
+        if isinstance(known[0], Damage):
+            return [known[0]]
+        entries, found = known[0], list[Damage]()
+        for name in manifest.share(entries, dist.get_rank(), dist.get_world_size()):
+            damage = manifest.check(checkpoint, name, entries[name])
+            found += [damage] if damage else []
+        parts: list[list[Damage]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+        return sorted(damage for part in parts for damage in part)
+
+    def _explain(self, damages: list[Damage], found: list[Path]) -> str:
+        """What is damaged, and the command that continues from the last good checkpoint."""
+        newest = found[-1]
+        more = len(damages) - 1
+        others = f" (and {more} more file{'s' * (more > 1)})" if more else ""
+        message = f"checkpoint {newest} is damaged: {damages[0]}{others}; "
+        moves = list[str]()
+        for checkpoint in reversed(found):
+            if checkpoint != newest and not self._damages(checkpoint):
+                whole = f"{checkpoint.name} is whole; continue from it after"
+                return "\n".join([message + whole, *moves])
+            moves.append(f"mv {checkpoint} {checkpoint.with_name('damaged_' + checkpoint.name)}")
+        return f"{message}no other is whole; bring it back from a copy, or take another run.folder"
 
     def _check_config(self, began_with: dict[str, Any]) -> None:
         now = flatten(self.config.model_dump(mode="json"))
@@ -190,17 +251,27 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _remove(checkpoint: Path) -> None:
-    """Delete so that no half of it is ever called `step_…`."""
-    doomed = checkpoint.with_name(f"removing_{checkpoint.name}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename what is to be deleted, so that no half of it is ever called `step_…`."""
+    return checkpoint.rename(checkpoint.with_name(f"removing_{checkpoint.name}"))
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file of a checkpoint."""
+    match = re.search(r"/(?:__|rank_)(\d+)(?:_\d+\.distcp|\.pt)$", name)
+    return int(match[1]) if match else 0
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong, in a line; torch collects the errors and tracebacks of all ranks in one."""
+    """What went wrong, in a line; torch collects the errors and tracebacks of all ranks in one.
+
+    Raises OtherRankFailed where torch knows only that some rank had an error.
+    """
     if isinstance(error, CheckpointException):
-        error = next(failure for failure, _ in error.failures.values())
+        if not error.failures:
+            raise OtherRankFailed("a checkpoint could not be written by another rank") from error
+        rank, (error, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_first_cause(error)}"
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

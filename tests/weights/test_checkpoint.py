@@ -5,8 +5,12 @@ Runs of several ranks that are killed and resumed are in tests/end_to_end/test_r
 
 from __future__ import annotations
 
+import binascii
 import json
 import random
+import re
+import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from megatron_prime.runtime.distributed import destroy, initialize  # noqa: E402
 from megatron_prime.runtime.rendezvous import Rendezvous  # noqa: E402
+from megatron_prime.weights import manifest  # noqa: E402
 from megatron_prime.weights.checkpoint import (  # noqa: E402
     CheckpointError,
     RunCheckpoints,
@@ -108,6 +113,10 @@ def steps_in(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def draw() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
@@ -146,6 +155,7 @@ def test_the_newest_comes_back_whole(tmp_path: Path) -> None:
 def test_another_number_of_ranks_starts_new_random_streams(saved: Path) -> None:
     run_json = saved / "run.json"
     run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"world_size": 4}))
+    manifest.write(saved, {n: manifest.measure(saved / n) for n in manifest.files_in(saved)})
     torch.manual_seed(1)
     expected = torch.rand(())
     torch.manual_seed(1)
@@ -190,10 +200,22 @@ def test_saving_leaves_no_process_behind(tmp_path: Path) -> None:
     assert [command for command in commands if "multiprocessing" in command] == []
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "gone": lambda path: path.unlink(),
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flip, "its bytes are not those that were written"),
+    "cut": (cut, r"it has [\d,]+ bytes of [\d,]+"),
+    "empty": (lambda path: path.write_bytes(b""), r"it has 0 bytes of [\d,]+"),
+    "gone": (lambda path: path.unlink(), "it is missing"),
 }
 FILES = ["run.json", "rng/rank_00000.pt", "policy/.metadata", "policy/metadata.json"]
 FILES += ["policy/common.pt", "prm/__0_0.distcp"]
@@ -201,24 +223,123 @@ FILES += ["policy/common.pt", "prm/__0_0.distcp"]
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_in_a_line_with_what_to_do(saved: Path, file: str, damage: str) -> None:
-    DAMAGES[damage](saved / file)
+def test_a_damaged_file_is_named_with_the_command_that_goes_on(
+    saved: Path, file: str, damage: str
+) -> None:
+    do, found = DAMAGES[damage]
+    do(saved / file)
     with pytest.raises(CheckpointError) as raised:
         Run(saved.parents[1]).checkpoints.resume()
-    message = str(raised.value)
-    older = saved.with_name("step_000001")
-    assert message.startswith(f"can't load checkpoint {saved}: ")
-    assert message.endswith(f"; move it away to continue from {older}")
-    assert "\n" not in message
-    saved.rename(saved.parents[1] / "moved_away")
+    message, command = str(raised.value).splitlines()
+    assert re.fullmatch(
+        f"checkpoint {saved} is damaged: {re.escape(file)}: {found}; "
+        "step_000001 is whole; continue from it after",
+        message,
+    )
+    subprocess.run(command, shell=True, check=True)
     assert Run(saved.parents[1]).checkpoints.resume() == LoopState(1)
+
+
+MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (
+        lambda path: path.write_text(path.read_text().replace('": [\n   1', '": [\n   2', 1)),
+        "its checksum is wrong",
+    ),
+    "cut": (cut, r"it can't be read \(JSONDecodeError: .*\)"),
+    "other": (lambda path: path.write_text("[]"), r"it can't be read \(TypeError: .*\)"),
+    "gone": (lambda path: path.unlink(), "it is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_damaged_manifest_is_named(saved: Path, damage: str) -> None:
+    do, found = MANIFESTS[damage]
+    before = (saved / "manifest.json").read_bytes()
+    do(saved / "manifest.json")
+    assert (
+        not (saved / "manifest.json").exists() or before != (saved / "manifest.json").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: {found}; step_000001 is whole"):
+        Run(saved.parents[1]).checkpoints.resume()
+
+
+def test_the_manifest_lists_every_file(saved: Path) -> None:
+    files = json.loads((saved / "manifest.json").read_text())["files"]
+    paths = [path for path in saved.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert {*FILES, "policy/__0_0.distcp", "prm/common.pt"} <= files.keys()
+    expected = {
+        str(path.relative_to(saved)): [path.stat().st_size, binascii.crc32(path.read_bytes())]
+        for path in paths
+    }
+    assert files == expected
+
+
+def test_several_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        Run(tmp_path, step, checkpoint={"keep": 0}).checkpoints.save(LoopState(step))
+    folder = tmp_path / "checkpoints"
+    for step in (2, 3, 4):
+        cut(folder / f"step_{step:06d}" / "run.json")
+    flip(folder / "step_000004" / "prm" / "common.pt")
+    with pytest.raises(CheckpointError) as raised:
+        Run(tmp_path).checkpoints.resume()
+    message, *commands = str(raised.value).splitlines()
+    assert "prm/common.pt: its bytes are not those that were written (and 1 more file); " in message
+    assert "step_000001 is whole" in message
+    assert len(commands) == 3
+    for command in commands:
+        subprocess.run(command, shell=True, check=True)
+    assert Run(tmp_path).checkpoints.resume() == LoopState(1)
 
 
 def test_damage_to_the_only_checkpoint(tmp_path: Path) -> None:
     Run(tmp_path).checkpoints.save(LoopState(1))
     (tmp_path / "checkpoints" / "step_000001" / "run.json").unlink()
-    with pytest.raises(CheckpointError, match=r"run\.json.*; it is the only one$"):
+    with pytest.raises(CheckpointError, match=r"run\.json: it is missing; no other is whole; "):
         Run(tmp_path).checkpoints.resume()
+
+
+def test_what_megatron_can_t_load_is_told_in_a_line(saved: Path) -> None:
+    """Whole, as the manifest has it, but not of this program."""
+    (saved / "policy" / "metadata.json").write_text('{"sharded_backend": "other"}')
+    manifest.write(saved, {n: manifest.measure(saved / n) for n in manifest.files_in(saved)})
+    with pytest.raises(CheckpointError) as raised:
+        Run(saved.parents[1]).checkpoints.resume()
+    message = str(raised.value)
+    assert message.startswith(f"can't load checkpoint {saved}: ")
+    assert message.endswith(f"; move it away to continue from {saved.with_name('step_000001')}")
+    assert "\n" not in message
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Sets how large a file may get; the kernel fails a write beyond, as on a full disk."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 600, 1100])
+def test_a_full_disk_is_told_and_harms_no_checkpoint(
+    saved: Path, full_disk: Callable[[int], None], room: int
+) -> None:
+    before = contents(saved.parent)
+    run = Run(saved.parents[1], 3)
+    full_disk(room)
+    with pytest.raises(CheckpointError) as raised:
+        run.checkpoints.save(LoopState(3))
+    full_disk(resource.RLIM_INFINITY)
+    message = str(raised.value)
+    assert message.startswith(f"can't save {saved.with_name('step_000003')}: ")
+    assert f"as they were, the newest is {saved}; make room below {saved.parent}" in message
+    assert "\n" not in message
+    assert (
+        before.items()
+        <= {p: p.read_bytes() for p in saved.parent.rglob("*") if p.is_file()}.items()
+    )
+    assert Run(saved.parents[1]).checkpoints.resume() == LoopState(2)
+    run.checkpoints.save(LoopState(3))
+    assert steps_in(saved.parents[1]) == ["step_000002", "step_000003"]
 
 
 def test_a_run_goes_on_with_the_knobs_it_began_with(saved: Path) -> None:

@@ -1,0 +1,147 @@
+"""From started processes to a run that begins and ends as one.
+
+`join` brings the ranks together before the heavy imports, in a store (torch's key-value server,
+where the process groups meet later) and under a watchdog. `Launch` is what a command gets, and how
+`__main__` ends: in peace, with an error, or because somebody asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_prime.config import ConfigError
+from megatron_prime.errors import OtherRankFailed, RunError
+from megatron_prime.runtime.hub import Hub
+from megatron_prime.runtime.rendezvous import Rendezvous
+from megatron_prime.runtime.signals import SAVED, StopSignals
+from megatron_prime.runtime.watchdog import (
+    ENDED,
+    STARTING,
+    Watchdog,
+    beat_seconds,
+    ended_because,
+    say,
+)
+
+
+class RanksDontMeet(RunError, OSError):
+    """No way to rank 0 within `run.timeout_s`."""
+
+
+class Launch:
+    """This process among the ranks of a run."""
+
+    def __init__(
+        self, here: Rendezvous, lost_after_s: float, timeout_s: float, saves: bool
+    ) -> None:
+        """Join the others; returns when all are there. Raises RanksDontMeet if rank 0 is not.
+
+        `saves`: the command has checkpoints, so that it is worth starting again.
+        """
+        self.here = here
+        self.store: Store | None = None
+        self._lost_after_s = lost_after_s
+        self._hub: Hub | None = None
+        self._watchdog: Watchdog | None = None
+        self._saves = saves
+        if here.world_size > 1:
+            try:
+                self._join(timeout_s)
+            except (OSError, dist.DistError) as error:
+                raise RanksDontMeet(
+                    f"found no rank 0 at {here.master_addr}:{here.master_port} within "
+                    f"run.timeout_s = {timeout_s:g} s ({error}); see whether all ranks were "
+                    "started, and whether that address is reached from this machine"
+                ) from error
+        self.signals = StopSignals(self._left)
+
+    def _join(self, timeout_s: float) -> None:
+        here = self.here
+        self.store, _, _ = next(
+            rendezvous(
+                f"tcp://{here.master_addr}:{here.master_port}",
+                here.rank,
+                here.world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        )
+        if here.rank == 0:
+            beat_s = beat_seconds(self._lost_after_s)
+            self._hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s)
+            self.store.set("hub", f"{self._hub.port} {self._hub.token}")
+        port, token = self.store.get("hub").decode().split()
+        self._watchdog = Watchdog(
+            here.rank, (here.master_addr, int(port)), token, self._lost_after_s, timeout_s
+        )
+        self._be_patient(STARTING * self._lost_after_s)
+
+    @contextmanager
+    def steps(self, agree: Callable[[int], int] | None) -> Iterator[None]:
+        """The part where no rank is silent for long. `agree`: signals wait until the loop asks."""
+        self._be_patient(self._lost_after_s)
+        if agree is None:
+            yield
+        else:
+            with self.signals.remembered(agree):
+                yield
+        self._be_patient(STARTING * self._lost_after_s)
+
+    def finish(self) -> None:
+        """End in peace, when all ranks have come here."""
+        if self._watchdog:
+            self._watchdog.finish()
+        if self._hub:
+            self._hub.wait()
+
+    def failed(self, error: BaseException) -> int:
+        """Report `error` to the other ranks, or learn whose it is; say so once. The exit code."""
+        meant, echo, rank = isinstance(error, RunError), is_echo(error), self.here.rank
+        line = str(error) if meant else traceback.format_exception_only(error)[-1].strip()
+        trace = "" if meant else "".join(traceback.format_exception(error))
+        ending = self._watchdog.failed(line, echo) if self._watchdog else None
+        if ending and echo and ending.rank != rank:
+            say(ended_because(rank, ending))
+            return ENDED
+        if ending and ending.rank == rank and not line.startswith(ending.error):
+            say(f"[rank {rank}] the others ended without this rank: {ending.error}")
+        elif ending is None or ending.rank == rank or not line.startswith(ending.error):
+            say(f"{trace}[rank {rank}] {line}")  # else the other rank says it
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        return 2 if isinstance(error, ConfigError) else 1
+
+    def _left(self, number: signal.Signals) -> None:
+        """End now: a signal came where nothing can be saved. Runs in the signals' thread."""
+        if self._watchdog and self._watchdog.heard_of_an_end(within_s=2.0):
+            return  # torchrun's way to end the other ranks: the watchdog tells why it happened
+        again = "the same command starts it again" if self._saves else "it has no checkpoints"
+        line = f"{number.name}: ended at once, for there is nothing to save here; {again}"
+        ending = self._watchdog.failed(line, echo=False) if self._watchdog else None
+        if ending is None or ending.rank == self.here.rank:
+            say(f"[rank {self.here.rank}] {line}")
+        os._exit(SAVED if self._saves else 128 + number)
+
+    def _be_patient(self, seconds: float) -> None:
+        if self._watchdog:
+            self._watchdog.be_patient(seconds)
+        if self._hub:
+            self._hub.patience_s = seconds
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether `error` is only what another rank's looks like from here: a broken connection."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (dist.DistError, OtherRankFailed)) or "gloo/transport" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
