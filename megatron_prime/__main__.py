@@ -22,6 +22,8 @@ COMMANDS = {
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
     "sft": "supervised fine-tuning, the stage before PRIME",
     "evaluate": "greedy accuracy of model.hf on data.eval",
+    "rollout": "sample and verify for run.steps steps, train nothing, write rollouts/",
+    "replay": "run a batch that gave a NaN or infinity again (RUN.toml: its not_finite/… folder)",
     "config": "print the resolved configuration with each knob's sentence",
 }
 
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     here = Rendezvous()
     try:
         here = rendezvous_from(os.environ)
-        config = load(path, overrides)
+        config = load(path / "config.toml" if command == "replay" else path, overrides)
         if command == "config":
             print(describe(config))
             return 0
@@ -47,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
-    return _run(command, config, here)
+    return _run(command, path, config, here)
 
 
-def _run(command: str, config: RunConfig, here: Rendezvous) -> int:
+def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
     """Bring the ranks together, run the command on them, and end together."""
     from megatron_prime.errors import Interrupted
     from megatron_prime.runtime.launch import Launch, RanksDontMeet
@@ -70,9 +72,14 @@ def _run(command: str, config: RunConfig, here: Rendezvous) -> int:
         from megatron_prime.runtime.compat import before_megatron_import
 
         before_megatron_import()
-        from megatron_prime import build
+        if command == "replay":
+            from megatron_prime.replay import replay
 
-        getattr(build, command)(config, launch)
+            replay(config, launch, path)
+        else:
+            from megatron_prime import build
+
+            getattr(build, command)(config, launch)
     except Interrupted as stop:
         launch.finish()
         if here.rank == 0:

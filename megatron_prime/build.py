@@ -29,13 +29,15 @@ from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
 from megatron_prime.models.engine import Engine
+from megatron_prime.models.guard import Guard
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
-from megatron_prime.protocols import Roles
+from megatron_prime.protocols import Roles, RolloutEngine, Verifier
 from megatron_prime.rollout.local_engine import LocalEngine
+from megatron_prime.rollout.recorded import RecordedRollouts
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.provenance import write_provenance
@@ -55,30 +57,30 @@ def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
-        stream = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
-        policy = MegatronPolicy(
-            trained(config, "policy", config.policy, config.rollout.temperature),
-            config.policy,
-            config.run.seed,
-        )
+        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        policy = policy_of(config)
         engines = {"policy": policy.engine}
         prm = reference = None
         if config.uses_prm:
-            prm = MegatronPrm(trained(config, "prm", config.prm, 1.0), config.prm)
-            reference = MegatronReference(frozen(config, "reference"))
+            prm, reference = prm_of(config), reference_of(config)
             engines["prm"] = prm.engine
+        stream, engine, checker = rollout_roles(config, tokenizer, ranks, verifier)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
         note_start(config, config.run.folder, ranks)  # not of a start that was refused
         recorder = stack.enter_context(
-            RunRecorder(config.run.folder, config.run.steps, ranks.rank, resume_step=state.step)
+            RunRecorder(
+                config.run.folder,
+                config.run.steps,
+                ranks.rank,
+                state.step,
+                config.debug.save_rollouts,
+            )
         )
-        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
-        engine = local_engine(config, tokenizer, ranks)
         roles = Roles(
             prompts=stream,
             engine=engine,
-            verifier=verifier,
+            verifier=checker,
             ranks=ranks,
             policy=policy,
             prm=prm,
@@ -125,6 +127,23 @@ def sft(config: RunConfig, launch: Launch) -> None:
         export_hf(engine.modules, shape, config.model.hf, output)
         if ranks.rank == 0:
             print(f"fine-tuned model: {output}")
+
+
+def rollout(config: RunConfig, launch: Launch) -> None:
+    """Sample and verify as the first steps of a run would, train nothing; write `rollouts/`."""
+    with session(config, launch, ParallelSizes()) as ranks, ExitStack() as stack:
+        note_start(config, config.run.folder, ranks)
+        tokenizer = load_tokenizer(config.model.hf)
+        prompts = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
+        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        engine = local_engine(config, tokenizer, ranks)
+        engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
+        folder = config.run.folder
+        recorder = RunRecorder(folder, config.run.steps, ranks.rank, save_rollouts=True)
+        with stack.enter_context(recorder), launch.steps(agree=None):
+            evaluation.rollouts_only(config, prompts, engine, verifier, ranks, recorder)
+        if ranks.rank == 0:
+            print(f"rollouts: {folder / 'rollouts'}; train on them with --debug.rollouts_from=…")
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
@@ -175,6 +194,40 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
         yield ranks
 
 
+def policy_of(config: RunConfig) -> MegatronPolicy:
+    """The policy, at its start."""
+    engine = trained(config, "policy", config.policy, config.rollout.temperature)
+    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
+
+
+def prm_of(config: RunConfig) -> MegatronPrm:
+    """The PRM, at its start."""
+    engine = trained(config, "prm", config.prm, 1.0)
+    return MegatronPrm(engine, config.prm, Guard(config, "prm"))
+
+
+def reference_of(config: RunConfig) -> MegatronReference:
+    """The reference, cut into the PRM's micro-batches."""
+    chunks, shape = loaded(config, "reference")
+    engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
+    return MegatronReference(engine, Guard(config, "reference"))
+
+
+def rollout_roles(
+    config: RunConfig, tokenizer: Any, ranks: WorldRanks, verifier: Verifier
+) -> tuple[PromptStream | RecordedRollouts, RolloutEngine, Verifier]:
+    """Prompts, engine and verifier: live, or all three played back from `debug.rollouts_from`."""
+    if config.debug.rollouts_from is not None:
+        recorded = RecordedRollouts(config.debug.rollouts_from, ranks.rank, ranks.world_size)
+        return recorded, recorded, recorded
+    prompts = prompts_of(config, config.data.train, tokenizer)
+    return (
+        PromptStream(prompts, config.run.seed),
+        local_engine(config, tokenizer, ranks),
+        verifier,
+    )
+
+
 def trained(
     config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
 ) -> TrainableEngine:
@@ -182,12 +235,6 @@ def trained(
     chunks, shape = loaded(config, name)
     steps, precision = config.run.steps, config.precision.of(name)
     return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
-
-
-def frozen(config: RunConfig, name: ModelName) -> Engine:
-    """A model for log-probs only, cut into the PRM's micro-batches."""
-    chunks, shape = loaded(config, name)
-    return Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
 
 
 def hf_of(config: RunConfig, name: ModelName) -> Path:
@@ -218,8 +265,8 @@ def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalE
 
 
 def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
-    """The held-out prompts, as many as `evaluate.max_prompts` says."""
-    if config.data.eval is None:
+    """The held-out prompts, as many as `evaluate.max_prompts` says; none without an engine."""
+    if config.data.eval is None or config.debug.rollouts_from is not None:
         return ()
     return prompts_of(config, config.data.eval, tokenizer)[: config.evaluate.max_prompts or None]
 

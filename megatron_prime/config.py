@@ -335,7 +335,7 @@ class DebugSection(Section):
     """Write every verified group to `rollouts/` in the run folder."""
     rollouts_from: FilePath | None = None
     """Train on the groups that `save_rollouts` or the command `rollout` wrote to this folder, and
-    generate none."""
+    generate and evaluate nothing."""
 
 
 class RunConfig(Section):
@@ -378,6 +378,10 @@ class RunConfig(Section):
             cp=self.megatron.get("context_parallel_size", 1),
             vpp=1 if virtual is None else virtual,
         )
+
+    def sampling_seed(self, step: int, round_: int) -> int:
+        """The seed of one generation round: a random stream of its own."""
+        return (self.run.seed * 1_000_000 + step) * 1_000 + round_
 
     @property
     def uses_prm(self) -> bool:

@@ -40,8 +40,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
         # Logged before saving: a resumed run lacks no step's line.
         roles.recorder.log(step, metrics | seconds | roles.gpus.peak_memory())
-        stop = roles.signals.asked()
-        if stop or due(step, config.checkpoint.every, config.run.steps):
+        if (stop := roles.signals.asked()) or due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
         if stop:
@@ -58,7 +57,7 @@ def collect(
     with roles.gpus.phase(Phase.GENERATE):
         for round_ in range(knobs.max_rounds):
             prompts = roles.prompts.take(knobs.prompts_per_round or knobs.prompts_per_step)
-            seed = (config.run.seed * 1_000_000 + step) * 1_000 + round_  # a stream of its own
+            seed = config.sampling_seed(step, round_)
             sampling = t.Sampling(size, knobs.temperature, knobs.max_response_length, seed)
             rollouts = roles.engine.generate(prompts, sampling)
             verified = roles.ranks.gather(roles.verifier.verify(rollouts), prompts)
@@ -70,6 +69,7 @@ def collect(
                 break
         else:
             raise BatchNotFilled(figures.explain_unfilled(config, step, kept, seen))
+    roles.recorder.rollouts(step, seen)
     batch = kept[: knobs.prompts_per_step]
     return batch, kept[len(batch) :], figures.of_rollouts(seen, batch, rounds=round_ + 1)
 

@@ -109,6 +109,7 @@ class Recorder(Protocol):
 
     def progress(self, note: str, done: int, total: int) -> None: ...  # live, never stored
     def log(self, step: int, metrics: Metrics) -> None: ...
+    def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None: ...  # if asked to
 
 
 class Checkpoints(Protocol):

@@ -28,15 +28,15 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 
 
 def check(config: RunConfig, command: str, world_size: int | None) -> None:
-    """Refuse a run that `command` (`train`, `sft` or `evaluate`) could not finish.
+    """Refuse a run that `command` (one of __main__'s) could not finish.
 
     `world_size` is the number of ranks; None if it is not known yet. Raises ConfigError with all
     problems, a line each.
     """
-    if command == "evaluate":  # builds no Megatron model: `[megatron]` does not matter
-        problems = list(_of_evaluation(config))
+    if command in ("evaluate", "rollout"):  # no Megatron model: `[megatron]` does not matter
+        problems = list(_of_generation(config, command))
     else:
-        find = {"train": _of_training, "sft": _of_fine_tuning}[command]
+        find = {"train": _of_training, "sft": _of_fine_tuning, "replay": _of_replay}[command]
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         # Without usable sizes nothing can be divided by them.
         problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
@@ -46,7 +46,8 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
 
 def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
     """The models that the command builds, by their names in `[precision]`."""
-    return ("policy", "prm", "reference") if command == "train" and config.uses_prm else ("policy",)
+    whole = command in ("train", "replay") and config.uses_prm
+    return ("policy", "prm", "reference") if whole else ("policy",)
 
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -95,10 +96,16 @@ def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _micro_batch("sft", sft, config, length)
 
 
-def _of_evaluation(config: RunConfig) -> Iterator[str]:
+def _of_replay(config: RunConfig, _world_size: int | None) -> Iterator[str]:
+    yield from _model(config, "model.hf", config.model.hf, {}, models_of(config, "replay"))
+
+
+def _of_generation(config: RunConfig, command: str) -> Iterator[str]:
     whole = config.model_copy(update={"megatron": {}})
     yield from _model(whole, "model.hf", config.model.hf, _longest(config), ())
-    if config.data.eval is None:
+    if command == "rollout":
+        yield from _file("data.train", config.data.train)
+    elif config.data.eval is None:
         yield "data.eval: missing; set it to the problems to evaluate on"
     else:
         yield from _file("data.eval", config.data.eval)

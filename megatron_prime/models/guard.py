@@ -1,17 +1,16 @@
-"""What happens when a number is not finite: the batch is saved for replay, the step stops or is skipped.
+"""What happens when a number is not finite: the batch is kept for replay, and the step stops.
 
 The engines find it, on all ranks, before any weight changes, and name rank and tensor (NotFinite).
 Here the rows that broke, all that their loss needs, and the weights at that moment are written to
 
-    <run folder>/not_finite/<model>_<stage>_<n>/   batch.pt  config.json  weights/
+    <run folder>/not_finite/<model>_<stage>_<n>/   batch.pt  config.toml  weights/
 
-so that `python -m megatron_prime replay <that folder>` runs them again. The weights are of the model's own
-type, without the optimizer's state.
+so that `python -m megatron_prime replay <that folder>` runs them again. The weights are those of
+the model's own type, without the optimizer's state.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_prime.config import RunConfig
+from megatron_prime.config_file import describe
 from megatron_prime.errors import NotFinite
 from megatron_prime.models.engine import Engine, Loss
 from megatron_prime.models.training import StepResult, TrainableEngine
@@ -97,7 +97,7 @@ def save(folder: Path, config: RunConfig, model: str, engine: Engine, batch: Bat
     if dist.get_rank() == 0:
         (folder / "weights").mkdir(parents=True)
         torch.save({"model": model, "batch": batch}, folder / "batch.pt")
-        (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2))
+        (folder / "config.toml").write_text(describe(config) + "\n")
     dist.barrier()
     save_in_process()
     with megatron_calls():
@@ -107,9 +107,8 @@ def save(folder: Path, config: RunConfig, model: str, engine: Engine, batch: Bat
 def load_weights(engine: Engine, folder: Path) -> None:
     """The weights that `save` wrote, in any layout; collective."""
     with megatron_calls():
-        engine.load_weights(
-            dist_checkpointing.load(engine.sharded_weights(), str(folder / "weights"))
-        )
+        wanted = engine.sharded_weights()
+        engine.load_weights(dist_checkpointing.load(wanted, str(folder / "weights")))
 
 
 def load_batch(folder: Path) -> tuple[str, Batch]:

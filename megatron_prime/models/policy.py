@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_prime.algorithm.metrics import policy_metrics
 from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
 from megatron_prime.config import PolicySection
-from megatron_prime.models.engine import Forward
+from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.training import StepResult, TrainableEngine
@@ -44,7 +44,7 @@ class MegatronPolicy:
         metrics, steps = [], []
         for rows in order.split(self.knobs.mini_batch_size):
             part = MiniBatch.of(rollouts, rows)
-            loss = partial(self._loss, batch, part)
+            loss = self.loss_of(batch, part)
             step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is not None:
                 steps.append(step)
@@ -52,6 +52,10 @@ class MegatronPolicy:
         self.version += any(step.updated for step in steps)
         scaling = loss_scaling("policy", self.engine.precision, steps)
         return combine(metrics) | {"policy/lr": rate} | scaling | self.guard.figures()
+
+    def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
+        """What a mini-batch's micro-batches are judged by."""
+        return partial(self._loss, batch, part)
 
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_prime.algorithm.prm_loss import prm_ce_loss
 from megatron_prime.config import PrmSection
-from megatron_prime.models.engine import Forward
+from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.precision import without_fp8
@@ -49,7 +49,7 @@ class MegatronPrm:
         without = self._logprobs_without_fp8(rollouts, mini_batches[0])
         for rows in mini_batches:
             part = MiniBatch.of(rollouts, rows)
-            loss = partial(self._loss, batch, part)
+            loss = self.loss_of(batch, part)
             step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is None:  # a log-ratio of 0 rewards nothing
                 forward_logprobs[rows] = batch.ref_logprobs[rows]
@@ -69,6 +69,10 @@ class MegatronPrm:
             return None
         with without_fp8(*self.engine.modules):
             return self.engine.logprobs([rollouts.sequences[row] for row in rows.tolist()])
+
+    def loss_of(self, batch: ScoredBatch, part: MiniBatch) -> Loss:
+        """What a mini-batch's micro-batches are judged by."""
+        return partial(self._loss, batch, part)
 
     def _loss(self, batch: ScoredBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's cross-entropy."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,7 +18,8 @@ from typing import Self
 from megatron_prime.errors import RunError
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.console import TimeLeft, open_display, step_line
-from megatron_prime.types import Metrics
+from megatron_prime.runtime.rollout_files import write_step
+from megatron_prime.types import Metrics, VerifiedGroup
 
 STAGES = ("rollout", "verify", "filter", "prm", "policy", "time", "memory", "evaluate", "sft")
 
@@ -29,7 +31,14 @@ class MetricsError(RunError, ValueError):
 class RunRecorder:
     """Rank 0 writes and prints; on the other ranks nothing happens."""
 
-    def __init__(self, folder: Path, total_steps: int, rank: int, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        rank: int,
+        resume_step: int = 0,
+        save_rollouts: bool = False,
+    ) -> None:
         """Write into `folder`; `resume_step` steps are done already, 0 starts afresh.
 
         A fresh start moves an older metrics.jsonl to metrics.previous.jsonl. Raises MetricsError if
@@ -38,6 +47,7 @@ class RunRecorder:
         self._last_step = resume_step or -1
         self._total_steps = total_steps
         self._outputs = Outputs(folder, total_steps, resume_step) if rank == 0 else None
+        self._rollouts = folder / "rollouts" if save_rollouts and rank == 0 else None
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record a step's figures; without any, nothing is written.
@@ -57,6 +67,11 @@ class RunRecorder:
         self._last_step = step
         if self._outputs and metrics:
             self._outputs.log(step, metrics)
+
+    def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None:
+        """Keep a step's groups in `rollouts/`, if the run was asked to."""
+        if self._rollouts:
+            write_step(self._rollouts, step, groups)
 
     def progress(self, note: str, done: int, total: int) -> None:
         """Show how far the current phase has come; never stored."""

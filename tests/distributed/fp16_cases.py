@@ -17,6 +17,7 @@ from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
 
+from guards import guard  # noqa: E402
 from layouts import megatron_options  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from training_cases import rollout_batch  # noqa: E402
@@ -99,7 +100,7 @@ class Cases:
     def train(self, dtype: str) -> dict[str, Any]:
         """PRM updates; weights, figures and the optimizer's own types."""
         engine = self.engine(dtype=dtype)
-        prm, scored = MegatronPrm(engine, self.prm), self.scored()
+        prm, scored = MegatronPrm(engine, self.prm, guard(self.folder, "prm")), self.scored()
         start = self.weights(engine)
         updates = [prm.update(scored) for _ in range(UPDATES)]
         return {
@@ -173,7 +174,7 @@ class Cases:
         engine = TrainableEngine(
             self.model(precision), self.shape, knobs, self.job["temperature"], UPDATES, precision
         )
-        policy = MegatronPolicy(engine, knobs, seed=0)
+        policy = MegatronPolicy(engine, knobs, 0, guard(self.folder, "policy"))
         old = policy.logprobs(self.rollouts)
         scored = ScoredBatch(self.rollouts, old, None)
         skipped = policy.update(TrainBatch(scored, None, self.job["advantages"] * HUGE))

@@ -7,6 +7,7 @@ written out. What the four ranks do is in training_cases.py.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,22 @@ def test_bf16_follows_fp32(
 def test_an_infinite_gradient_stops_all_ranks_and_changes_nothing(found: dict[str, Any]) -> None:
     message, unchanged = found["broken"]
     assert "no weight was changed" in message
+    assert re.search(r"^rank \d: .*(log-probs|loss|gradient) of ", message, re.MULTILINE)
     assert unchanged
+
+
+def test_a_skipped_batch_is_kept_for_replay(
+    found: dict[str, Any], truths: dict[str, Any], name: str
+) -> None:
+    skipped = found["skipped"]
+    assert skipped["steps"] == [None] * 4
+    assert skipped["figures"] == {"prm/not_finite_steps": 4}
+    assert skipped["saved"] == ["prm_update_0", "prm_update_1", "prm_update_2"], "and no more"
+    assert skipped["model"] == "prm"
+    wanted = [make_job()["sequences"][row] for row in (3, 1, 2, 5)]
+    assert [(list(s.token_ids), s.prompt_length) for s in skipped["sequences"]] == wanted
+    assert_rows(skipped["ref"], [truths[name]["ref_logprobs"][row] for row in (3, 1, 2, 5)])
+    assert skipped["restored"]
 
 
 def test_versions_count_updates_and_masters_are_fp32(found: dict[str, Any]) -> None:

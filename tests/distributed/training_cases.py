@@ -18,6 +18,7 @@ from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
 
+from guards import guard  # noqa: E402
 from layouts import LAYOUTS, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
@@ -30,6 +31,12 @@ from megatron_prime.config import (  # noqa: E402
 from megatron_prime.errors import NotFinite  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import Engine, Forward  # noqa: E402
+from megatron_prime.models.guard import (  # noqa: E402
+    KEPT,
+    load_batch,
+    load_weights,
+    rollouts_of,
+)
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.reference import MegatronReference  # noqa: E402
@@ -77,9 +84,12 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
         TrainableEngine(model(), shape, policy_knobs, job["temperature"], UPDATES, exact),
         policy_knobs,
         seed=job["seed"],
+        guard=guard(hf_dir, "policy"),
     )
-    prm = MegatronPrm(TrainableEngine(model(), shape, prm_knobs, 1.0, UPDATES, exact), prm_knobs)
-    reference = MegatronReference(Engine(model(), shape, prm_knobs.micro_batch_tokens, 1.0))
+    of_prm = guard(hf_dir, "prm")
+    prm_engine = TrainableEngine(model(), shape, prm_knobs, 1.0, UPDATES, exact)
+    prm = MegatronPrm(prm_engine, prm_knobs, of_prm)
+    reference = MegatronReference(Engine(model(), shape, prm_knobs.micro_batch_tokens, 1.0), of_prm)
 
     rollouts = rollout_batch(job)
     ref = reference.logprobs(rollouts)
@@ -89,7 +99,7 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
     metrics = [policy.update(batch) for _ in range(UPDATES)]
     weights = dict(gather_hf_tensors(policy.engine.modules, shape))
     halves = TrainableEngine(model(half), shape, prm_knobs, 1.0, UPDATES, half)
-    half_updates = [MegatronPrm(halves, prm_knobs).update(scored) for _ in range(UPDATES)]
+    half_updates = [MegatronPrm(halves, prm_knobs, of_prm).update(scored) for _ in range(UPDATES)]
     return {
         "policy": weights,
         "prm": dict(gather_hf_tensors(prm.engine.modules, shape)),
@@ -103,6 +113,7 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
         "bf16_metrics": [update.metrics for update in half_updates],
         "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},
         "broken": broken_step(halves, rollouts),
+        "skipped": skipped_step(prm_engine, scored, hf_dir / f"broken-{sizes}"),
     }
 
 
@@ -119,6 +130,33 @@ def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, b
         after = [p for module in engine.modules for p in module.parameters()]
         return str(error), all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     return "no error", False
+
+
+def skipped_step(engine: TrainableEngine, scored: ScoredBatch, folder: Path) -> dict[str, Any]:
+    """A step that a guard skips: what it kept, and whether a model takes it over again."""
+
+    def loss(forward: Forward) -> torch.Tensor:
+        return forward.logprobs.sum() * math.nan
+
+    keeper, rows = guard(folder, "prm", on_not_finite="skip"), torch.tensor([3, 1, 2, 5])
+    steps = [keeper.train_step(engine, scored, rows, loss) for _ in range(KEPT + 1)]
+    before = [p.detach().clone() for module in engine.modules for p in module.parameters()]
+    for module in engine.modules:
+        for parameter in module.parameters():
+            parameter.data.zero_()
+    saved = sorted((folder / "not_finite").iterdir())
+    load_weights(engine, saved[0])
+    after = [p for module in engine.modules for p in module.parameters()]
+    name, batch = load_batch(saved[0])
+    return {
+        "steps": steps,
+        "figures": keeper.figures(),
+        "saved": [path.name for path in saved],
+        "model": name,
+        "sequences": rollouts_of(batch).sequences,
+        "ref": batch.ref_logprobs,
+        "restored": all(torch.equal(a, b) for a, b in zip(after, before, strict=True)),
+    }
 
 
 def rollout_batch(job: dict[str, Any]) -> RolloutBatch:

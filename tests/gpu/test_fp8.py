@@ -17,7 +17,13 @@ import emulated_fp8
 import pytest
 import torch
 
-from megatron_prime.config import ParallelSizes, PolicySection, PrecisionOptions, PrmSection
+from megatron_prime.config import (
+    ParallelSizes,
+    PolicySection,
+    PrecisionOptions,
+    PrmSection,
+    RunConfig,
+)
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence
 
@@ -27,6 +33,7 @@ from megatron.core.fp8_utils import is_float8tensor  # noqa: E402
 
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import Engine, Forward  # noqa: E402
+from megatron_prime.models.guard import Guard  # noqa: E402
 from megatron_prime.models.precision import Chip, chip_problems, without_fp8  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.training import TrainableEngine  # noqa: E402
@@ -86,6 +93,11 @@ def recipe(request: pytest.FixtureRequest) -> str:
     if problems := list(chip_problems("policy", options, Chip.here())):
         pytest.skip(problems[0])
     return str(request.param)
+
+
+RUN = RunConfig.model_validate(
+    {"run": {"folder": "r"}, "model": {"hf": "m"}, "data": {"train": "t"}}
+)
 
 
 def trainable(hf_dir: Path, lr: float, **options: Any) -> TrainableEngine:
@@ -219,7 +231,7 @@ class TestOnAChip:
         batch = RolloutBatch(tuple(sequences), 4, mask, torch.rand(ROWS), torch.zeros(mask.shape))
         engine = trainable(hf_dir, STILL, fp8="hybrid", fp8_recipe=recipe)
         steps(engine, sequences, 2)
-        prm = MegatronPrm(engine, PrmSection(mini_batch_size=8))
+        prm = MegatronPrm(engine, PrmSection(mini_batch_size=8), Guard(RUN, "prm"))
         ref = trainable(hf_dir, STILL).logprobs(sequences)
         metrics = prm.update(ScoredBatch(batch, ref, ref)).metrics
         assert emulated_error / 3 < metrics["prm/fp8_logprob_error"] < 3 * emulated_error

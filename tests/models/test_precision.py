@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prime.config import PrecisionOptions, PrmSection
+from megatron_prime.config import PrecisionOptions, PrmSection, RunConfig
 from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
@@ -20,6 +20,7 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_prime import precision_rules  # noqa: E402
+from megatron_prime.models.guard import Guard  # noqa: E402
 from megatron_prime.models.mini_batch import loss_scaling  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.training import StepResult  # noqa: E402
@@ -171,6 +172,11 @@ class RoundingEngine:
         return StepResult(True, 0.5, 1.0, found, torch.zeros_like(found), 1.0)
 
 
+RUN = RunConfig.model_validate(
+    {"run": {"folder": "r"}, "model": {"hf": "m"}, "data": {"train": "t"}}
+)
+
+
 def update(options: PrecisionOptions) -> tuple[dict[str, float], RoundingEngine]:
     """A PRM update of mini-batches of two: responses of 2 and 1 tokens, then of 3 and 3."""
     lengths = torch.tensor([2, 1, 3, 3])
@@ -178,7 +184,8 @@ def update(options: PrecisionOptions) -> tuple[dict[str, float], RoundingEngine]
     mask = torch.arange(3) < lengths[:, None]
     batch = RolloutBatch(sequences, 2, mask, torch.zeros(4), torch.zeros(4, 3))
     engine = RoundingEngine(options)
-    prm = MegatronPrm(engine, PrmSection(mini_batch_size=2))  # type: ignore[arg-type]
+    knobs = PrmSection(mini_batch_size=2)
+    prm = MegatronPrm(engine, knobs, Guard(RUN, "prm"))  # type: ignore[arg-type]
     return prm.update(ScoredBatch(batch, torch.zeros(4, 3), torch.zeros(4, 3))).metrics, engine
 
 

@@ -1,0 +1,77 @@
+"""`python -m megatron_prime replay FOLDER`: run a batch that was not finite again, and look closer.
+
+Weights, rows and configuration come from FOLDER (`models/guard.py` wrote it), and
+`--section.key=value` changes the configuration: `--precision.policy.dtype=fp32` tells whether the
+number format is at fault, another `[megatron]` layout whether a rank is. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_prime import build
+from megatron_prime.config import RunConfig
+from megatron_prime.errors import NotFinite
+from megatron_prime.models.engine import Loss, culprits
+from megatron_prime.models.guard import Batch, Tracer, load_batch, load_weights, rollouts_of
+from megatron_prime.models.mini_batch import MiniBatch
+from megatron_prime.models.policy import MegatronPolicy
+from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.reference import MegatronReference
+from megatron_prime.models.training import TrainableEngine
+from megatron_prime.runtime.launch import Launch
+from megatron_prime.types import ScoredBatch, TrainBatch
+
+Model = MegatronPolicy | MegatronPrm | MegatronReference
+
+
+def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
+    """Print loss, gradient norm and log-probs, or raise NotFinite with all that is known."""
+    name, batch = load_batch(folder)
+    make: dict[str, Callable[[RunConfig], Model]] = {
+        "policy": build.policy_of,
+        "prm": build.prm_of,
+        "reference": build.reference_of,
+    }
+    with build.training_session(config, launch, "replay") as ranks, launch.steps(agree=None):
+        model = make[name](config)
+        load_weights(model.engine, folder)
+        tracer = Tracer(model.engine)
+        try:
+            told = run_again(model, batch)
+        except NotFinite as error:  # it happened again: say where it began
+            first = culprits(tracer.found) or "none: the loss or the backward pass broke it"
+            raise NotFinite(f"{error}\nfirst outputs that are not finite:\n{first}") from error
+        if ranks.rank == 0:
+            print(f"{name}: all is finite this time: {told}")
+
+
+def run_again(model: Model, batch: Batch) -> str:
+    """The forward, or the forward and backward, that broke; what it gave."""
+    rollouts = rollouts_of(batch)
+    loss = _loss(model, batch)
+    if loss is None:
+        return _shown(model.engine.logprobs(rollouts.sequences), rollouts.response_mask)
+    assert isinstance(model.engine, TrainableEngine), "only trained models have a loss"
+    step = model.engine.train_step(rollouts.sequences, range(len(rollouts.sequences)), loss)
+    logprobs = _shown(step.logprobs, rollouts.response_mask)
+    return f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, {logprobs}"
+
+
+def _loss(model: Model, batch: Batch) -> Loss | None:
+    """The update's loss on the whole batch; None if it broke while it was scored."""
+    rollouts = rollouts_of(batch)
+    part = MiniBatch.of(rollouts, torch.arange(len(rollouts.sequences)))
+    if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
+        return model.loss_of(batch, part)
+    if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):
+        return model.loss_of(batch, part)
+    return None
+
+
+def _shown(logprobs: torch.Tensor, mask: torch.Tensor) -> str:
+    found = logprobs[mask[:, : logprobs.shape[1]]]
+    return f"{len(found)} log-probs from {found.min():.4g} to {found.max():.4g}"
