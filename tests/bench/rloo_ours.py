@@ -1,0 +1,80 @@
+"""A contestant: megatron_prime's own `train`, a step per turn.
+
+    python tests/bench/rloo_ours.py FOLDER rloo|prime [--section.key=value …]
+
+The command is the real one; only its recorder, which is told of each step's figures, waits for the
+next turn.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from turns import report, take_stdout
+
+TOML = """
+[run]
+folder = "{run}"
+steps = 1000
+[model]
+hf = "{folder}/model"
+precision = "fp32"
+[data]
+train = "{folder}/train.jsonl"
+template = "plain"
+max_prompt_length = 32
+[rollout]
+prompts_per_step = 64
+group_size = 4
+max_response_length = 64
+batch_size = 256
+[filter] # every prompt trains, as in TRL
+min_accuracy = 0.0
+max_accuracy = 1.0
+[policy]
+lr = 1e-5
+mini_batch_size = 256
+micro_batch_tokens = 4096
+[prm]
+lr = 1e-5
+mini_batch_size = 256
+micro_batch_tokens = 4096
+[evaluate]
+every = 0
+[checkpoint]
+every = 0
+"""
+OUTCOME_ONLY = {"rloo": ["--advantage.process_weight=0.0"], "prime": []}
+
+
+def main(folder: Path, kind: str, overrides: list[str]) -> None:
+    """Train until the driver ends the process."""
+    take_stdout()
+    from megatron_prime.config import load
+    from megatron_prime.runtime.compat import before_megatron_import
+    from megatron_prime.runtime.rendezvous import Rendezvous
+    from megatron_prime.validate import check
+
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        path = Path(run) / "prime.toml"
+        path.write_text(TOML.format(run=run, folder=folder))
+        config = load(path, OUTCOME_ONLY[kind] + overrides)
+        check(config, "train", 1)
+        before_megatron_import()
+        from megatron_prime import build
+        from megatron_prime.runtime.recorder import RunRecorder
+        from megatron_prime.types import Metrics
+
+        class TurnTaking(RunRecorder):
+            def log(self, step: int, metrics: Metrics) -> None:
+                super().log(step, metrics)
+                report(metrics)
+
+        build.RunRecorder = TurnTaking
+        build.train(config, Rendezvous())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
