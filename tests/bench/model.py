@@ -1,12 +1,12 @@
-"""The benchmarks' task: a model of 1.0 M parameters that always writes on, and prompts with rewards.
+"""The benchmarks' task: a model of 1.0 M parameters that never stops, and prompts with rewards.
 
     python tests/bench/model.py FOLDER
 
-The quickstart's Qwen2 (hidden 128, 4 layers, 4/2 heads, ffn 512, 64 tied tokens, fp32) is taught for
-a few seconds to answer any question with a random digit in a box and then commas without end, so
-that about one answer in four is right and rewards differ within a group. Its end-of-sequence token
-has a number that no logit stands for: every response has exactly as many tokens as it may have, and
-all who generate do the same work.
+The quickstart's Qwen2 (hidden 128, 4 layers, 4/2 heads, ffn 512, 64 tied tokens, fp32) is taught
+for a few seconds to answer any question with a random digit in a box and then commas without end,
+so that about one answer in four is right and rewards differ within a group. Its end-of-sequence
+token has a number that no logit stands for: every response has exactly as many tokens as it may
+have, and all who generate do the same work.
 
 FOLDER gets model/ (Hugging Face checkpoint and tokenizer) and train.jsonl.
 """

@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from table import row, seconds
+from table import faster, seconds
 from turns import Contestant, take_turns
 
 HERE = Path(__file__).parent
@@ -28,37 +28,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=["rloo", "prime", "trl"])
-    parser.add_argument("--trl-rows", type=int, default=64, help="rows per forward in TRL")
     known, overrides = parser.parse_known_args(arguments)
     with ExitStack() as stack:
         contestants = {
-            name: stack.enter_context(Contestant(name, command(name, known, overrides)))
+            name: stack.enter_context(Contestant(name, command(name, known.folder, overrides)))
             for name in known.only
         }
         take_turns(list(contestants.values()), known.warm_up, known.turns)
     if {"rloo", "trl"} <= contestants.keys():
         trl, rloo = contestants["trl"], contestants["rloo"]
-        row("RLOO step against TRL's", rloo.median, trl.median, "≥ 1.3 ×", steps(rloo, trl))
+        faster("RLOO step against TRL's", rloo.median, trl.median, "≥ 1.3 ×", steps(rloo, trl))
     if {"prime", "trl"} <= contestants.keys():
         trl, prime = contestants["trl"], contestants["prime"]
-        row("PRIME step against TRL's RLOO", prime.median, trl.median, "≥ 1 ×", steps(prime, trl))
+        faster(
+            "PRIME step against TRL's RLOO", prime.median, trl.median, "≥ 1 ×", steps(prime, trl)
+        )
     if {"prime", "rloo"} <= contestants.keys():
         rloo, prime = contestants["rloo"], contestants["prime"]
-        row("PRIME step against RLOO here", prime.median, rloo.median, "", steps(prime, rloo))
+        faster("PRIME step against RLOO here", prime.median, rloo.median, "", steps(prime, rloo))
 
 
-def command(name: str, known: argparse.Namespace, overrides: list[str]) -> list[str]:
+def command(name: str, folder: Path, overrides: list[str]) -> list[str]:
     """How to start a contestant."""
     if name == "trl":
-        return [sys.executable, str(HERE / "rloo_trl.py"), str(known.folder), str(known.trl_rows)]
-    return [sys.executable, str(HERE / "rloo_ours.py"), str(known.folder), name, *overrides]
+        return [sys.executable, str(HERE / "rloo_trl.py"), str(folder)]
+    return [sys.executable, str(HERE / "rloo_ours.py"), str(folder), name, *overrides]
 
 
 def steps(ours: Contestant, theirs: Contestant) -> str:
-    """Where the time of a step goes, and each side's spread."""
-    phases = sorted(key for key in ours.details[0] if key.startswith("time/"))
-    parts = [f"{key[5:-2]} {seconds(ours.detail(key))}" for key in phases if "step" not in key]
-    return f"{', '.join(parts)}; {TOKENS / ours.median:.0f} against {TOKENS / theirs.median:.0f} response tokens/s"
+    """Where the time of our step goes, and tokens per second of both."""
+    phases = sorted(key for key in ours.details[0] if key.startswith("time/") and "step" not in key)
+    parts = ", ".join(f"{phase[5:-2]} {seconds(ours.detail(phase))}" for phase in phases)
+    rates = " against ".join(f"{TOKENS / side.median:.0f}" for side in (ours, theirs))
+    return f"{parts}; {rates} response tokens/s"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from plain import PlainModel
 from session import one_rank, ragged_rows, run_config
-from table import row
+from table import faster
 from torch import Tensor
 
 from megatron_prime.types import ScoredBatch, TrainBatch
@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
         difference = compare(dict(ours.export_weights()), theirs.model.state_dict(), start)
     tokens = sum(len(sequence.token_ids) for sequence in rows.sequences)
     remarks = f"{len(rows.sequences)} ragged rows, {tokens} tokens"
-    row(
+    faster(
         f"update step, {size}",
         *updated,
         "≥ 1 ×",
         f"{remarks}; weights differ by {difference:.1e} of their movement",
     )
-    row(f"log-prob scoring, {size}", *scored, "≥ 1 ×", remarks)
+    faster(f"log-prob scoring, {size}", *scored, "≥ 1 ×", remarks)
 
 
 def larger_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> Path:

@@ -1,0 +1,65 @@
+"""Seconds from a command until its first training step begins.
+
+    python tests/bench/startup.py FOLDER [--repeat N]
+
+megatron_prime's `train` on one rank and TRL's trainer, on model.py's FOLDER; and, as a measure of
+the machine, the bare imports that both need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from rloo_step import command
+from table import faster, seconds
+from turns import Contestant
+
+IMPORTS = {
+    "torch": "import torch",
+    "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "Megatron": "from megatron.core.models.gpt import GPTModel",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table's row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    known = parser.parse_args(arguments)
+    commands = {name: command(name, known.folder, []) for name in ("rloo", "prime", "trl")}
+    works: dict[str, Callable[[], None]] = {
+        name: lambda command=command: until_ready(command) for name, command in commands.items()
+    } | {name: lambda code=code: bare(code) for name, code in IMPORTS.items()}
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(1 + known.repeat):  # the first fills the file cache
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if turn:
+                found[name].append(time.perf_counter() - started)
+    took = {name: median(values) for name, values in found.items()}
+    bare_imports = ", ".join(f"{name} {seconds(took[name])}" for name in IMPORTS)
+    remarks = f"with PRM and reference {seconds(took['prime'])}; imports alone: {bare_imports}"
+    faster("start of training, one rank", took["rloo"], took["trl"], "", remarks)
+
+
+def until_ready(command: list[str]) -> None:
+    """Start a contestant, end it when its first step would begin."""
+    with Contestant(command[1], command) as contestant:
+        contestant.wait_until_ready()
+
+
+def bare(code: str) -> None:
+    """Run a line of Python in a process of its own."""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+if __name__ == "__main__":
+    main()
