@@ -8,11 +8,12 @@ next turn.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
 
-from turns import report, take_stdout
+from turns import enter, report
 
 TOML = """
 [run]
@@ -51,17 +52,17 @@ OUTCOME_ONLY = {"rloo": ["--advantage.process_weight=0.0"], "prime": []}
 
 def main(folder: Path, kind: str, overrides: list[str]) -> None:
     """Train until the driver ends the process."""
-    take_stdout()
+    enter()
     from megatron_prime.config import load
     from megatron_prime.runtime.compat import before_megatron_import
-    from megatron_prime.runtime.rendezvous import Rendezvous
+    from megatron_prime.runtime.rendezvous import rendezvous_from
     from megatron_prime.validate import check
 
     with tempfile.TemporaryDirectory(dir=folder) as run:
         path = Path(run) / "prime.toml"
         path.write_text(TOML.format(run=run, folder=folder))
         config = load(path, OUTCOME_ONLY[kind] + overrides)
-        check(config, "train", 1)
+        check(config, "train", int(os.environ.get("WORLD_SIZE", "1")))
         before_megatron_import()
         from megatron_prime import build
         from megatron_prime.runtime.recorder import RunRecorder
@@ -73,7 +74,7 @@ def main(folder: Path, kind: str, overrides: list[str]) -> None:
                 report(metrics)
 
         build.RunRecorder = TurnTaking
-        build.train(config, Rendezvous())
+        build.train(config, rendezvous_from(os.environ))
 
 
 if __name__ == "__main__":

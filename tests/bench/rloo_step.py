@@ -9,7 +9,6 @@ megatron_prime's configuration.
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from turns import Contestant, take_turns
 
 HERE = Path(__file__).parent
 TOKENS = 64 * 4 * 64
-OURS = {"rloo": "RLOO", "prime": "PRIME"}
+CORES = 2
+SCRIPTS = {"rloo": ("rloo_ours.py", ["rloo"]), "prime": ("rloo_ours.py", ["prime"])}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,32 +27,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=["rloo", "prime", "trl"])
+    parser.add_argument("--ranks", type=int, default=1, help="of each contestant")
     known, overrides = parser.parse_known_args(arguments)
     with ExitStack() as stack:
-        contestants = {
-            name: stack.enter_context(Contestant(name, command(name, known.folder, overrides)))
-            for name in known.only
-        }
-        take_turns(list(contestants.values()), known.warm_up, known.turns)
-    if {"rloo", "trl"} <= contestants.keys():
-        trl, rloo = contestants["trl"], contestants["rloo"]
-        faster("RLOO step against TRL's", rloo.median, trl.median, "≥ 1.3 ×", steps(rloo, trl))
-    if {"prime", "trl"} <= contestants.keys():
-        trl, prime = contestants["trl"], contestants["prime"]
-        faster(
-            "PRIME step against TRL's RLOO", prime.median, trl.median, "≥ 1 ×", steps(prime, trl)
+        rloo, prime, trl = (
+            stack.enter_context(contestant(name, known.folder, known.ranks, overrides))
+            for name in ("rloo", "prime", "trl")
         )
-    if {"prime", "rloo"} <= contestants.keys():
-        rloo, prime = contestants["rloo"], contestants["prime"]
-        faster("PRIME step against RLOO here", prime.median, rloo.median, "", steps(prime, rloo))
+        take_turns([rloo, prime, trl], known.warm_up, known.turns)
+    how = f"{known.ranks} rank{'s' * (known.ranks > 1)} × {CORES // known.ranks} threads"
+    for what, ours, theirs, aim in (
+        ("RLOO step against TRL's", rloo, trl, "≥ 1.3 ×"),
+        ("PRIME step against TRL's RLOO", prime, trl, "≥ 1 ×"),
+        ("PRIME step against RLOO here", prime, rloo, ""),
+    ):
+        faster(f"{what}, {how}", ours.median, theirs.median, aim, steps(ours, theirs))
 
 
-def command(name: str, folder: Path, overrides: list[str]) -> list[str]:
-    """How to start a contestant."""
-    if name == "trl":
-        return [sys.executable, str(HERE / "rloo_trl.py"), str(folder)]
-    return [sys.executable, str(HERE / "rloo_ours.py"), str(folder), name, *overrides]
+def contestant(name: str, folder: Path, ranks: int, overrides: list[str]) -> Contestant:
+    """Start one: `rloo` and `prime` are ours, `trl` is TRL's RLOO."""
+    script, kind = SCRIPTS.get(name, ("rloo_trl.py", []))
+    extra = [] if name == "trl" else overrides
+    return Contestant(name, HERE / script, [folder, *kind, *extra], ranks, CORES // ranks)
 
 
 def steps(ours: Contestant, theirs: Contestant) -> str:

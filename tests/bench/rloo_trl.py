@@ -9,19 +9,20 @@ nothing logged but figures. The reward is megatron_prime's own grader.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from turns import report, take_stdout
+from turns import enter, report
 
 GENERATED, SAMPLES, TOKENS = 256, 4, 64
 
 
 def main(folder: Path, rows: int) -> None:
     """Train until the driver ends the process."""
-    take_stdout()
+    enter()
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -39,6 +40,7 @@ def main(folder: Path, rows: int) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             report({})
 
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     problems = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     dataset = Dataset.from_list(
         [
@@ -56,7 +58,8 @@ def main(folder: Path, rows: int) -> None:
             bf16=False,
             gradient_checkpointing=False,
             per_device_train_batch_size=rows,
-            gradient_accumulation_steps=GENERATED // rows,
+            gradient_accumulation_steps=GENERATED // (rows * ranks),
+            ddp_backend="gloo",
             num_generations=SAMPLES,
             max_completion_length=TOKENS,
             temperature=1.0,

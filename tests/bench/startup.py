@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from rloo_step import command
+from rloo_step import contestant
 from table import faster, seconds
-from turns import Contestant
 
 IMPORTS = {
     "torch": "import torch",
@@ -33,9 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeat", type=int, default=3)
     known = parser.parse_args(arguments)
-    commands = {name: command(name, known.folder, []) for name in ("rloo", "prime", "trl")}
     works: dict[str, Callable[[], None]] = {
-        name: lambda command=command: until_ready(command) for name, command in commands.items()
+        name: lambda name=name: until_ready(name, known.folder) for name in ("rloo", "prime", "trl")
     } | {name: lambda code=code: bare(code) for name, code in IMPORTS.items()}
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(1 + known.repeat):  # the first fills the file cache
@@ -50,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     faster("start of training, one rank", took["rloo"], took["trl"], "", remarks)
 
 
-def until_ready(command: list[str]) -> None:
+def until_ready(name: str, folder: Path) -> None:
     """Start a contestant, end it when its first step would begin."""
-    with Contestant(command[1], command) as contestant:
-        contestant.wait_until_ready()
+    with contestant(name, folder, ranks=1, overrides=[]) as starting:
+        starting.wait_until_ready()
 
 
 def bare(code: str) -> None:

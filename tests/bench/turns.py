@@ -9,40 +9,71 @@ the report.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any
+
+from megatron_prime.runtime.parent import die_with
 
 REPORTS = sys.stdout
 
 
-def take_stdout() -> TextIO:
-    """Contestant: keep stdout for reports alone; what others print goes to stderr."""
+def enter() -> None:
+    """Contestant: keep stdout for reports alone, what others print goes to stderr; never outlive
+    the driver or the launcher."""
+    die_with(os.getppid())
     sys.stdout = sys.stderr
-    return REPORTS
 
 
 def report(details: Mapping[str, float]) -> None:
-    """Contestant: say that a piece of work is done, and wait for the next turn; exit if there is
-    none."""
-    print(json.dumps(details), file=REPORTS, flush=True)
-    if not sys.stdin.readline():
-        sys.exit(0)
+    """Contestant: say that a piece of work is done, and wait for the next turn.
+
+    Of several ranks the first one speaks, when all are done; the others wait for it.
+    """
+    import torch.distributed as dist  # not in the driver: it needs no torch
+
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several:
+        dist.barrier()
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(details), file=REPORTS, flush=True)
+        sys.stdin.readline()
+    if several:
+        dist.barrier()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class Contestant:
     """A process that takes turns; a context manager that ends it."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        """Start `command`; it gets ready at the same time as the other contestants."""
+    def __init__(
+        self, name: str, script: Path, arguments: Sequence[object], ranks: int, threads: int
+    ) -> None:
+        """Start `script`, under torchrun if it has several ranks; it gets ready by itself."""
         self.name = name
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        command = [sys.executable, *(launcher if ranks > 1 else []), script, *arguments]
         self.seconds: list[float] = []
         self.details: list[dict[str, float]] = []
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"},
         )
 
     def wait_until_ready(self) -> None:
