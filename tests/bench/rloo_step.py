@@ -1,9 +1,10 @@
 """A whole training step: outcome-only RLOO and PRIME here, RLOO in TRL.
 
-    python tests/bench/rloo_step.py FOLDER [--turns N] [--only NAME …] [--section.key=value …]
+    python tests/bench/rloo_step.py FOLDER [--turns N] [--section.key=value …]
 
-64 prompts × 4 responses × 64 tokens, one optimizer step; FOLDER is model.py's. Overrides go to
-megatron_prime's configuration.
+64 prompts × 4 responses × 64 tokens, one optimizer step; FOLDER is model.py's. Each contestant has
+two cores, as one rank of two threads and as two ranks of one: what counts is its better layout, and
+the remarks give both. Overrides go to megatron_prime's configuration.
 """
 
 from __future__ import annotations
@@ -18,37 +19,51 @@ from turns import Contestant, take_turns
 HERE = Path(__file__).parent
 TOKENS = 64 * 4 * 64
 CORES = 2
-SCRIPTS = {"rloo": ("rloo_ours.py", ["rloo"]), "prime": ("rloo_ours.py", ["prime"])}
+SCRIPTS = {
+    "rloo": ("rloo_ours.py", ["rloo"]),
+    "prime": ("rloo_ours.py", ["prime"]),
+    "trl": ("rloo_trl.py", []),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table's rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--ranks", type=int, default=1, help="of each contestant")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="layouts to try")
     known, overrides = parser.parse_known_args(arguments)
     with ExitStack() as stack:
-        rloo, prime, trl = (
-            stack.enter_context(contestant(name, known.folder, known.ranks, overrides))
-            for name in ("rloo", "prime", "trl")
-        )
-        take_turns([rloo, prime, trl], known.warm_up, known.turns)
-    how = f"{known.ranks} rank{'s' * (known.ranks > 1)} × {CORES // known.ranks} threads"
+        sides = {
+            name: [
+                stack.enter_context(contestant(name, known.folder, ranks, overrides))
+                for ranks in known.ranks
+            ]
+            for name in SCRIPTS
+        }
+        everyone = [one for side in sides.values() for one in side]
+        take_turns(everyone, known.warm_up, known.turns)
     for what, ours, theirs, aim in (
-        ("RLOO step against TRL's", rloo, trl, "≥ 1.3 ×"),
-        ("PRIME step against TRL's RLOO", prime, trl, "≥ 1 ×"),
-        ("PRIME step against RLOO here", prime, rloo, ""),
+        ("RLOO step against TRL's", "rloo", "trl", "≥ 1.3 ×"),
+        ("PRIME step against TRL's RLOO", "prime", "trl", "≥ 1 ×"),
+        ("PRIME step against RLOO here", "prime", "rloo", ""),
     ):
-        faster(f"{what}, {how}", ours.median, theirs.median, aim, steps(ours, theirs))
+        best = [min(sides[name], key=lambda one: one.median) for name in (ours, theirs)]
+        layouts = [
+            ", ".join(f"{one.name} {seconds(one.median)}" for one in sides[name])
+            for name in (ours, theirs)
+        ]
+        remarks = f"{steps(*best)}; {'; against '.join(layouts)}"
+        faster(what, *(one.median for one in best), aim, remarks)
 
 
 def contestant(name: str, folder: Path, ranks: int, overrides: list[str]) -> Contestant:
     """Start one: `rloo` and `prime` are ours, `trl` is TRL's RLOO."""
-    script, kind = SCRIPTS.get(name, ("rloo_trl.py", []))
+    script, kind = SCRIPTS[name]
     extra = [] if name == "trl" else overrides
-    return Contestant(name, HERE / script, [folder, *kind, *extra], ranks, CORES // ranks)
+    layout = f"{ranks} × {CORES // ranks}"
+    return Contestant(layout, HERE / script, [folder, *kind, *extra], ranks, CORES // ranks)
 
 
 def steps(ours: Contestant, theirs: Contestant) -> str:

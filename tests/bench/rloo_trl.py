@@ -59,7 +59,7 @@ def main(folder: Path, rows: int) -> None:
             gradient_checkpointing=False,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=GENERATED // (rows * ranks),
-            ddp_backend="gloo",
+            ddp_backend="gloo" if ranks > 1 else None,
             num_generations=SAMPLES,
             max_completion_length=TOKENS,
             temperature=1.0,

@@ -3,7 +3,7 @@
     python tests/bench/startup.py FOLDER [--repeat N]
 
 megatron_prime's `train` on one rank and TRL's trainer, on model.py's FOLDER; and, as a measure of
-the machine, the bare imports that both need.
+the machine, the bare imports that both need. The file cache is warm if another benchmark ran first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         name: lambda name=name: until_ready(name, known.folder) for name in ("rloo", "prime", "trl")
     } | {name: lambda code=code: bare(code) for name, code in IMPORTS.items()}
     found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(1 + known.repeat):  # the first fills the file cache
+    for _ in range(known.repeat):
         for name, work in works.items():
             started = time.perf_counter()
             work()
-            if turn:
-                found[name].append(time.perf_counter() - started)
+            found[name].append(time.perf_counter() - started)
     took = {name: median(values) for name, values in found.items()}
     bare_imports = ", ".join(f"{name} {seconds(took[name])}" for name in IMPORTS)
     remarks = f"with PRM and reference {seconds(took['prime'])}; imports alone: {bare_imports}"
