@@ -8,7 +8,6 @@ next turn.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,10 @@ folder = "{run}"
 steps = 1000
 [model]
 hf = "{folder}/model"
-precision = "fp32"
+[precision]
+policy.dtype = "fp32"
+prm.dtype = "fp32"
+reference.dtype = "fp32"
 [data]
 train = "{folder}/train.jsonl"
 template = "plain"
@@ -53,28 +55,21 @@ OUTCOME_ONLY = {"rloo": ["--advantage.process_weight=0.0"], "prime": []}
 def main(folder: Path, kind: str, overrides: list[str]) -> None:
     """Train until the driver ends the process."""
     enter()
-    from megatron_prime.config import load
-    from megatron_prime.runtime.compat import before_megatron_import
-    from megatron_prime.runtime.rendezvous import rendezvous_from
-    from megatron_prime.validate import check
+    from megatron_prime.runtime import recorder
+    from megatron_prime.types import Metrics
+
+    class TurnTaking(recorder.RunRecorder):
+        def log(self, step: int, metrics: Metrics) -> None:
+            super().log(step, metrics)
+            report(metrics)
+
+    recorder.RunRecorder = TurnTaking  # before build.py takes it from there
+    from megatron_prime.__main__ import main as command
 
     with tempfile.TemporaryDirectory(dir=folder) as run:
         path = Path(run) / "prime.toml"
         path.write_text(TOML.format(run=run, folder=folder))
-        config = load(path, OUTCOME_ONLY[kind] + overrides)
-        check(config, "train", int(os.environ.get("WORLD_SIZE", "1")))
-        before_megatron_import()
-        from megatron_prime import build
-        from megatron_prime.runtime.recorder import RunRecorder
-        from megatron_prime.types import Metrics
-
-        class TurnTaking(RunRecorder):
-            def log(self, step: int, metrics: Metrics) -> None:
-                super().log(step, metrics)
-                report(metrics)
-
-        build.RunRecorder = TurnTaking
-        build.train(config, rendezvous_from(os.environ))
+        sys.exit(command(["train", str(path), *OUTCOME_ONLY[kind], *overrides]))
 
 
 if __name__ == "__main__":

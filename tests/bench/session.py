@@ -10,6 +10,7 @@ import torch
 
 from megatron_prime.config import RunConfig
 from megatron_prime.runtime.compat import before_megatron_import
+from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.types import RolloutBatch, TokenSequence
 
@@ -29,7 +30,8 @@ def run_config(folder: Path, model: Path) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"folder": folder / "run"},
-            "model": {"hf": model, "precision": "fp32"},
+            "model": {"hf": model},
+            "precision": {name: {"dtype": "fp32"} for name in ("policy", "prm", "reference")},
             "data": {"train": folder / "train.jsonl"},
             "policy": batch,
             "advantage": {"process_weight": 0.0},
@@ -43,8 +45,12 @@ def one_rank(config: RunConfig) -> Iterator[None]:
     before_megatron_import()
     from megatron_prime import build
 
-    with build.training_session(config, Rendezvous()):
+    launch = Launch(
+        Rendezvous(), config.run.lost_after_s, config.run.timeout_s, saves=False
+    )
+    with build.training_session(config, launch, "train"):
         yield
+    launch.finish()
 
 
 def ragged_rows(vocab_size: int) -> RolloutBatch:
