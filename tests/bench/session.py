@@ -45,9 +45,7 @@ def one_rank(config: RunConfig) -> Iterator[None]:
     before_megatron_import()
     from megatron_prime import build
 
-    launch = Launch(
-        Rendezvous(), config.run.lost_after_s, config.run.timeout_s, saves=False
-    )
+    launch = Launch(Rendezvous(), config.run.lost_after_s, config.run.timeout_s, saves=False)
     with build.training_session(config, launch, "train"):
         yield
     launch.finish()

@@ -43,9 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = run_config(known.folder, model)
     with one_rank(config):
         from megatron_prime import build
-        from megatron_prime.models.policy import MegatronPolicy
 
-        ours = MegatronPolicy(build.trained(config, model, config.policy, 1.0), config.policy, 0)
+        ours = build.policy_of(config)
         theirs = PlainModel(model, config.policy)
         rows = ragged_rows(theirs.model.config.vocab_size)
         start = {name: tensor.clone() for name, tensor in theirs.model.state_dict().items()}
