@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "sglang"],  # apex: from NVIDIA's source, optional
+        "bench": ["trl==1.16.0"],  # what tests/bench measures against; nothing imports it here
         "dev": [
             "pytest",
             "pytest-timeout",
