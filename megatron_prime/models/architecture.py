@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -147,26 +148,36 @@ def build_model(
 
 def _part(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    rope: dict[str, Any] = {
+        "rotary_base": shape.rope_theta,
+        "rope_scaling": shape.rope_scaling_factor is not None,
+        "rope_scaling_factor": shape.rope_scaling_factor or 1.0,
+    }
+    in_attention = config.transformer_impl == "local"
     model = GPTModel(
         config,
-        _layers(config, vp_stage),
+        _layers(config, rope, vp_stage),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_scaling_factor is not None,
-        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        position_embedding_type="none" if in_attention else "rope",
         vp_stage=vp_stage,
+        **rope,
     )
     return model.to(torch.cuda.current_device())
 
 
-def _layers(config: TransformerConfig, vp_stage: int | None) -> Any:
+def _layers(config: TransformerConfig, rope: Mapping[str, Any], vp_stage: int | None) -> Any:
     if config.transformer_impl == "local":
-        return torch_block_spec(config, vp_stage)
+        embedding = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            use_cpu_initialization=config.use_cpu_initialization,
+            **rope,
+        )
+        return torch_block_spec(config, embedding, vp_stage)
     if find_spec("transformer_engine") is None:
         raise ConfigError(
             "Transformer Engine is not installed: pip install transformer-engine[pytorch], or set "

@@ -125,8 +125,11 @@ class Engine:
         non_loss_data: bool = False,
     ) -> Any:
         """What the last stage does with logits: log-probs, entropy and, in training, the loss."""
+        wanted = logits[0].index_select(0, batch.predicts_at)
+        if self.temperature != 1.0:
+            wanted = wanted.float() / self.temperature
         found = vocab_parallel_logprobs_and_entropy(
-            logits[0].index_select(0, batch.predicts_at).float() / self.temperature,
+            wanted,
             batch.targets,
             self.shape.vocab_size,
             parallel_state.get_tensor_model_parallel_group(),

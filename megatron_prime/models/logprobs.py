@@ -80,13 +80,13 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         logits_V, local, here, normaliser, entropy = ctx.saved_tensors
         logp_V = _in_fp32(logits_V, ctx.real) - normaliser[..., None]
         p_V = logp_V.exp()
-        if grad_entropy is None:
-            grad_V = torch.zeros_like(p_V)
-        else:
+        grad_V = torch.zeros(())
+        if grad_entropy is not None:
             grad_V = logp_V.add_(entropy[..., None]).mul_(p_V).mul_(-grad_entropy[..., None])
         if grad_logprobs is not None:
-            grad_V -= p_V.mul_(grad_logprobs[..., None])
-            grad_V.scatter_add_(-1, local[..., None], (grad_logprobs * here)[..., None])
+            of_logprobs_V = p_V.mul_(-grad_logprobs[..., None])
+            of_logprobs_V.scatter_add_(-1, local[..., None], (grad_logprobs * here)[..., None])
+            grad_V = of_logprobs_V if grad_entropy is None else grad_V.add_(of_logprobs_V)
         return grad_V.to(logits_V.dtype), None, None, None
 
 

@@ -50,6 +50,7 @@ class Pack(PackedSeqParams):
     cp_rank: int = 0
     cp_size: int = 1
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))  # int64 [total], on the host
+    _rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], cp_rank: int, cp_size: int, device: torch.device) -> Pack:
@@ -67,6 +68,15 @@ class Pack(PackedSeqParams):
             cp_size=cp_size,
             positions=torch.cat([torch.arange(length) for length in lengths]),
         )
+
+    def rotation(self, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [S, 1, d] of RoPE's angles at this rank's tokens, made once for all
+        layers; `inv_freq` [d / 2]."""
+        if self._rotation is None:
+            at = self.positions[self.tokens_of(self.cp_rank)].to(inv_freq.device)
+            angles = torch.outer(at.float(), inv_freq).repeat(1, 2)[:, None]
+            self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._rotation
 
     def tokens_of(self, cp_rank: int) -> Tensor:
         """Which of the pack's tokens a context-parallel rank holds, in its order: int64 [S]."""
@@ -132,6 +142,12 @@ def _bucket(queries: list[Tensor], keys: list[Tensor], positions: list[Tensor] |
         at = pad_sequence(positions, batch_first=True)
         mask = (torch.arange(padded_keys.shape[1]) <= at[..., None])[:, None]
     return Bucket(rows.clamp(min=0), rows >= 0, padded_keys, mask)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of queries or keys [S, heads, d], by halves as Hugging Face's models have it."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:

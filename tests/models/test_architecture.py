@@ -14,6 +14,10 @@ from megatron_prime.weights.shape import ModelShape
 
 before_megatron_import()
 architecture = pytest.importorskip("megatron_prime.models.architecture")
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (  # noqa: E402
+    RotaryEmbedding,
+)
+
 from megatron_prime.models.packed_attention import Pack, attend  # noqa: E402
 from megatron_prime.models.torch_spec import TorchAttention  # noqa: E402
 
@@ -91,12 +95,21 @@ def test_no_fused_kernel_and_no_overlapped_sends_on_a_cpu() -> None:
     assert config.deallocate_pipeline_outputs
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """RoPE by complex numbers: pair i of position p turns by p / 50^(2i / 8)."""
+    at = torch.tensor([0, 1, 0, 1, 2])
+    angles = at[:, None] * 50.0 ** -(torch.arange(4) / 4)
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles)[:, None]
+    return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+
 def test_attention_wants_a_pack_and_nothing_else() -> None:
-    attention = TorchAttention(config_of())
+    rope = RotaryEmbedding(8, 1.0, rotary_base=50, use_cpu_initialization=True)
+    attention = TorchAttention(config_of(), rope)
     q, k = torch.randn(5, 8, 8), torch.randn(5, 2, 8)
     pack = Pack.of([2, 3], 0, 1, torch.device("cpu"))
-    wanted = attend(q, k, k, pack, 8**-0.5)
-    assert torch.equal(attention(q, k, k, None, packed_seq_params=pack), wanted)
+    wanted = attend(turned(q), turned(k), k, pack, 8**-0.5)
+    torch.testing.assert_close(attention(q, k, k, None, packed_seq_params=pack), wanted)
     with pytest.raises(ValueError, match="wanted a Pack"):
         attention(q, k, k, None)
     with pytest.raises(ValueError, match="no mask"):
