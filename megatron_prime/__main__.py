@@ -56,11 +56,12 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
     """Bring the ranks together, run the command on them, and end together."""
     from megatron_prime.errors import Interrupted
     from megatron_prime.runtime.launch import Launch, RanksDontMeet
-    from megatron_prime.runtime.parent import die_with
+    from megatron_prime.runtime.parent import die_with, take_forks_along
     from megatron_prime.runtime.signals import SAVED
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which doesn't see to it
         die_with(os.getppid())
+    take_forks_along()
     try:
         launch = Launch(
             here, config.run.lost_after_s, config.run.timeout_s, saves=command == "train"

@@ -18,3 +18,16 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it went before the line above
         sys.exit(f"parent {parent} is gone")
+
+
+def take_forks_along() -> None:
+    """Let every process that this one forks die with it, and so on with theirs.
+
+    Megatron's checkpoint writers are forks: a rank killed in a save would leave them for ever.
+    """
+    forker = [os.getpid()]
+
+    def note_forker() -> None:
+        forker[0] = os.getpid()
+
+    os.register_at_fork(before=note_forker, after_in_child=lambda: die_with(forker[0]))

@@ -43,3 +43,35 @@ def test_a_child_that_comes_too_late_ends_at_once() -> None:
     )
     assert ended.returncode == 1
     assert f"parent {1 << 30} is gone" in ended.stderr
+
+
+FORKS = """
+import multiprocessing, os, time
+from megatron_prime.runtime.parent import take_forks_along
+
+def sleep(name):
+    if name == "child":  # a fork of a fork
+        fork.Process(target=sleep, args=("grandchild",)).start()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+take_forks_along()
+fork = multiprocessing.get_context("fork")
+fork.Process(target=sleep, args=("child",)).start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
+def test_forks_of_forks_die_with_a_killed_process() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    forks = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+    assert all(fork.is_running() for fork in forks)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(forks, timeout=10)
+    for fork in alive:
+        fork.kill()
+    assert not alive
