@@ -59,6 +59,9 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _file("data.train", config.data.train)
     if config.data.eval is not None:
         yield from _file("data.eval", config.data.eval)
+    recorded = config.debug.rollouts_from
+    if recorded is not None and not recorded.is_dir():
+        yield f"debug.rollouts_from: no folder {recorded}; wanted a run's rollouts/"
     if config.advantage.estimator == "rloo" and rollout.group_size < 2:
         yield (
             f"rollout.group_size: found {rollout.group_size}, wanted 2 or more: "

@@ -57,6 +57,8 @@ FREE = (
     "evaluate.",
     "checkpoint.",
     "sft.",
+    "debug.on_not_finite",
+    "debug.save_rollouts",
     "megatron.",
 )
 

@@ -1,0 +1,33 @@
+"""Verified groups on disk come back as they were; damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prime.runtime.rollout_files import RolloutFileError, read_steps, write_step
+from megatron_prime.types import Prompt, Rollout, VerifiedGroup
+
+
+def group(prompt_id: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> VerifiedGroup:
+    prompt = Prompt(prompt_id, (5, 6), "3", "math", "digits")
+    rollouts = tuple(Rollout((7, 8), (-0.1, -1e-7), "stop", 4, "ü\n") for _ in rewards)
+    return VerifiedGroup(prompt, rollouts, rewards, 1)
+
+
+def test_steps_come_back_in_order_and_exactly(tmp_path: Path) -> None:
+    write_step(tmp_path / "rollouts", 10, [group(3)])
+    write_step(tmp_path / "rollouts", 2, [group(1), group(2)])
+    write_step(tmp_path / "rollouts", 10, [group(9, (0.5,))])  # a resumed run writes it again
+    assert list(read_steps(tmp_path / "rollouts")) == [group(1), group(2), group(9, (0.5,))]
+
+
+def test_an_empty_folder_and_a_cut_file(tmp_path: Path) -> None:
+    with pytest.raises(RolloutFileError, match=r"found no step_\*.jsonl in .*, wanted what"):
+        list(read_steps(tmp_path))
+    write_step(tmp_path, 1, [group(1), group(2)])
+    path = tmp_path / "step_000001.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(RolloutFileError, match=r"step_000001.jsonl, line 2: not a verified group"):
+        list(read_steps(tmp_path))
