@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -79,7 +78,8 @@ class Ranks:
         traceback: TracebackType | None,
     ) -> None:
         for process in self.processes:
-            process.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # it ended by itself
+                process.kill()
             process.wait()
 
 
