@@ -77,7 +77,6 @@ class _Member:
         self.line = line
         self.rank, self.host = -1, ""  # until it has said hello
         self.heard, self.patience_s = time.monotonic(), float("inf")
-        self.done = False
 
 
 class Hub:
@@ -100,6 +99,7 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._members: list[_Member] = []
+        self._done: set[int] = set()  # ranks that have said bye
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         os.register_at_fork(after_in_child=self.close)  # a child must not keep a line open
         self._thread.start()
@@ -152,7 +152,7 @@ class Hub:
             messages = None
         if messages is None:
             self._drop(member)
-            if member.rank >= 0 and not member.done:
+            if member.rank >= 0 and member.rank not in self._done:
                 self._end(member, "it was killed (kill -9, out of memory), or it crashed")
 
     def _take(self, member: _Member, message: dict[str, Any]) -> None:
@@ -172,8 +172,8 @@ class Hub:
         elif kind == "failed":
             self._end(member, str(message["error"]))
         elif kind == "bye":
-            member.done = True
-            if sum(m.done for m in self._members) == self._world_size:
+            self._done.add(member.rank)
+            if len(self._done) == self._world_size:
                 self._tell("bye")
                 self._leave_at = time.monotonic() + LINGER_S
 
@@ -181,7 +181,8 @@ class Hub:
         """Look for ranks that are silent for too long, or have not come at all."""
         now = time.monotonic()
         for member in self._members:
-            if member.rank >= 0 and now - member.heard > member.patience_s:
+            done = member.rank < 0 or member.rank in self._done
+            if not done and now - member.heard > member.patience_s:
                 self._end(member, f"no sign of life of it for {now - member.heard:.0f} s")
         if not self._welcomed and now - self._started > self._timeout_s:
             here = {member.rank for member in self._members}

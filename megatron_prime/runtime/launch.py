@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_prime.config import ConfigError
@@ -66,7 +66,7 @@ class Launch:
 
     def _join(self, timeout_s: float) -> None:
         here = self.here
-        self.store, _, _ = next(
+        store, _, _ = next(
             rendezvous(
                 f"tcp://{here.master_addr}:{here.master_port}",
                 here.rank,
@@ -74,6 +74,8 @@ class Launch:
                 timeout=timedelta(seconds=timeout_s),
             )
         )
+        # torchrun's store outlives the ranks: what a former attempt left in it is not for this one.
+        self.store = PrefixStore(f"attempt_{here.attempt}", store)
         if here.rank == 0:
             beat_s = beat_seconds(self._lost_after_s)
             self._hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s)

@@ -34,6 +34,7 @@ STARTING = 6
 GRACE_S = 1.0  # for the main thread to meet the same error
 ECHO_S = 15.0  # for the rank that failed to report it: it may have to unwind first
 VERDICT_S = 10.0  # for the hub to say who ended first
+SHOW_CURSOR = b"\x1b[?25h"  # the live display hides it, and has no time to bring it back
 LONGEST_ERROR = 4000  # characters of it that are passed on
 
 
@@ -143,6 +144,8 @@ class Watchdog:
         self.ending = ending
         self._known.set()
         if not self._failing.wait(GRACE_S):
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
             say(ended_because(self.rank, ending))
             os._exit(ENDED)
 

@@ -100,6 +100,10 @@ def test_a_good_end_waits_for_the_last(ranks, last: int) -> None:
     assert time.monotonic() - started > 3
 
 
+def test_a_rank_that_is_lost_after_its_work_is_not_waited_for(ranks) -> None:
+    assert ranks(["finish:0", "desert", "finish:3"]).end(AT_ONCE_S) == ([0, 5, 0], ["", "", ""])
+
+
 def test_an_error_is_told_to_all(ranks) -> None:
     codes, said = ranks(["wait", "fail:no memory", "wait"]).end(AT_ONCE_S)
     assert codes == [ENDED, 1, ENDED]
