@@ -83,12 +83,9 @@ class Hub:
     """Listens on `address`; `port` and `token` are what a rank needs to join."""
 
     def __init__(self, address: str, world_size: int, beat_s: float, timeout_s: float) -> None:
-        """Serve `world_size` ranks, which must have come after `timeout_s`, from a daemon thread.
-
-        `patience_s` (set by rank 0's watchdog) is how long this process may be silent.
-        """
+        """Serve `world_size` ranks, which must have come after `timeout_s`, from a thread."""
         self.token = secrets.token_hex(8)
-        self.patience_s = float("inf")
+        self._patience_s = float("inf")
         self._listener = _listen(address)
         self.port = int(self._listener.getsockname()[1])
         self._world_size, self._beat_s, self._timeout_s = world_size, beat_s, timeout_s
@@ -103,6 +100,11 @@ class Hub:
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         os.register_at_fork(after_in_child=self.close)  # a child must not keep a line open
         self._thread.start()
+
+    def be_patient(self, seconds: float) -> None:
+        """Let the ranks allow this process a silence of `seconds` from now on."""
+        self._patience_s = seconds
+        self._tell("beat", patience_s=seconds)
 
     def wait(self) -> None:
         """Return when all ranks are gone, or LINGER_S after the end."""
@@ -126,14 +128,14 @@ class Hub:
             self._judge()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + self._beat_s
-                self._tell("beat", patience_s=self.patience_s)
+                self._tell("beat", patience_s=self._patience_s)
         self.close()
 
     def _all_gone(self) -> bool:
         return self._leave_at < float("inf") and not any(m.rank >= 0 for m in self._members)
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        for member in self._members:
+        for member in list(self._members):  # also called by the main thread
             if member.rank >= 0:
                 member.line.send(kind, **fields)
 

@@ -136,7 +136,7 @@ class Launch:
         if self._watchdog:
             self._watchdog.be_patient(seconds)
         if self._hub:
-            self._hub.patience_s = seconds
+            self._hub.be_patient(seconds)
 
 
 def is_echo(error: BaseException) -> bool:

@@ -90,7 +90,7 @@ def test_torchrun_dies_of_sigusr1_and_nothing_is_saved(job: Job) -> None:
 def test_torchrun_that_ignores_sigusr1_lets_its_ranks_save(job: Job) -> None:
     """As Slurm does it: the signal goes to all processes of the job step."""
     code, said = signal_torchrun(
-        job, "shielded", signal.SIGUSR1, shield="trap '' USR1; ", all_=True
+        job, "shielded", signal.SIGUSR1, shield="trap '' USR1; ", everybody=True
     )
     assert code == 1
     assert "SIGUSR1: saved step" in said

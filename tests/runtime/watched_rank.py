@@ -35,9 +35,8 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
     port, token = (folder / "hub").read_text().split()
     watchdog = Watchdog(rank, ("127.0.0.1", int(port)), token, lost_after_s, 60)
     if hub:
-        hub.patience_s = lost_after_s
+        hub.be_patient(lost_after_s)
     watchdog.be_patient(lost_after_s)
-    time.sleep(2 * beat_seconds(min(lost_after_s, 9)))  # the hub's next beat tells its patience
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
     match deed.split(":"):
         case ["wait"]:  # as in a collective that never ends
