@@ -24,7 +24,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-LINGER_S = 15.0  # how long the hub stays for ranks that don't leave after the end
+SERVED_S = 15.0  # how long ranks that don't leave are served after the end
 
 
 class Ending(NamedTuple):
@@ -106,9 +106,9 @@ class Hub:
         self._patience_s = seconds
         self._tell("beat", patience_s=seconds)
 
-    def wait(self) -> None:
-        """Return when all ranks are gone, or LINGER_S after the end."""
-        self._thread.join(LINGER_S + self._beat_s)
+    def wait(self, seconds: float) -> None:
+        """Return when all other ranks are gone after the end, or after `seconds`."""
+        self._thread.join(seconds)
 
     def close(self) -> None:
         """Close all lines of this process; the ranks stay connected to the process it came from."""
@@ -132,7 +132,7 @@ class Hub:
         self.close()
 
     def _all_gone(self) -> bool:
-        return self._leave_at < float("inf") and not any(m.rank >= 0 for m in self._members)
+        return self._leave_at < float("inf") and not any(m.rank > 0 for m in self._members)
 
     def _tell(self, kind: str, **fields: Any) -> None:
         for member in list(self._members):  # also called by the main thread
@@ -177,7 +177,7 @@ class Hub:
             self._done.add(member.rank)
             if len(self._done) == self._world_size:
                 self._tell("bye")
-                self._leave_at = time.monotonic() + LINGER_S
+                self._leave_at = time.monotonic() + SERVED_S
 
     def _judge(self) -> None:
         """Look for ranks that are silent for too long, or have not come at all."""
@@ -197,7 +197,7 @@ class Hub:
             rank, host = (member.rank, member.host) if member else (0, socket.gethostname())
             self._ending = Ending(rank, host, error)
             self._tell("ended", **self._ending._asdict())
-            self._leave_at = time.monotonic() + LINGER_S
+            self._leave_at = time.monotonic() + SERVED_S
 
     def _drop(self, member: _Member) -> None:
         self._selector.unregister(member.line.connection)

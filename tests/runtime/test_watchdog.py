@@ -189,9 +189,8 @@ def test_strangers_at_the_hub_s_port_are_sent_away() -> None:
     with socket.create_connection(("127.0.0.1", hub.port), timeout=10) as stranger:
         stranger.sendall(wrong)
         assert stranger.recv(100) == b""
-    watchdog = Watchdog(0, ("127.0.0.1", hub.port), hub.token, 60, 60)
+    watchdog = Watchdog(0, ("127.0.0.1", hub.port), hub.token, 60, 60, hub)
     watchdog.finish()
-    hub.wait()
     assert watchdog.ending is None
 
 
@@ -204,6 +203,6 @@ def test_no_thread_keeps_a_process_alive() -> None:
         "from megatron_prime.runtime.hub import Hub\n"
         "from megatron_prime.runtime.watchdog import Watchdog\n"
         "hub = Hub('127.0.0.1', 1, 5, 60)\n"
-        "Watchdog(0, ('127.0.0.1', hub.port), hub.token, 60, 60)\n"
+        "Watchdog(0, ('127.0.0.1', hub.port), hub.token, 60, 60, hub)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=AT_ONCE_S, env=os.environ)

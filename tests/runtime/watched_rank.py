@@ -33,9 +33,7 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
     while not (folder / "hub").exists():
         time.sleep(0.01)
     port, token = (folder / "hub").read_text().split()
-    watchdog = Watchdog(rank, ("127.0.0.1", int(port)), token, lost_after_s, 60)
-    if hub:
-        hub.be_patient(lost_after_s)
+    watchdog = Watchdog(rank, ("127.0.0.1", int(port)), token, lost_after_s, 60, hub)
     watchdog.be_patient(lost_after_s)
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
     match deed.split(":"):
@@ -50,6 +48,7 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
                 say(f"[rank {rank}] {ending.error}")
             elif ending.error != error:
                 say(ended_because(rank, ending))
+            watchdog.linger()
             return 1
         case ["hold", seconds]:  # the interpreter's lock, in native code
             ctypes.PyDLL(None).usleep(int(float(seconds) * 1e6))
@@ -63,8 +62,6 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
         case _:
             raise ValueError(deed)
     watchdog.finish()
-    if hub:
-        hub.wait()
     return 0
 
 
