@@ -19,8 +19,8 @@ from megatron_prime.runtime.watchdog import ENDED, Watchdog, beat_seconds
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 HOST = socket.gethostname()
 # Far below any patience that a test gives: only a broken line or a report is so quick.
-AT_ONCE_S = 15.0
-LONG_S = 300.0
+AT_ONCE_S = 60.0
+LONG_S = 600.0
 
 
 class Ranks:
