@@ -24,7 +24,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-LINGER_S = 15.0  # how long the hub stays for ranks that don't leave after the end
+SERVED_S = 15.0  # how long ranks that don't leave are served after the end
 
 
 class Ending(NamedTuple):
@@ -77,19 +77,15 @@ class _Member:
         self.line = line
         self.rank, self.host = -1, ""  # until it has said hello
         self.heard, self.patience_s = time.monotonic(), float("inf")
-        self.done = False
 
 
 class Hub:
     """Listens on `address`; `port` and `token` are what a rank needs to join."""
 
     def __init__(self, address: str, world_size: int, beat_s: float, timeout_s: float) -> None:
-        """Serve `world_size` ranks, which must have come after `timeout_s`, from a daemon thread.
-
-        `patience_s` (set by rank 0's watchdog) is how long this process may be silent.
-        """
+        """Serve `world_size` ranks, which must have come after `timeout_s`, from a thread."""
         self.token = secrets.token_hex(8)
-        self.patience_s = float("inf")
+        self._patience_s = float("inf")
         self._listener = _listen(address)
         self.port = int(self._listener.getsockname()[1])
         self._world_size, self._beat_s, self._timeout_s = world_size, beat_s, timeout_s
@@ -100,13 +96,19 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._members: list[_Member] = []
+        self._done: set[int] = set()  # ranks that have said bye
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         os.register_at_fork(after_in_child=self.close)  # a child must not keep a line open
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when all ranks are gone, or LINGER_S after the end."""
-        self._thread.join(LINGER_S + self._beat_s)
+    def be_patient(self, seconds: float) -> None:
+        """Let the ranks allow this process a silence of `seconds` from now on."""
+        self._patience_s = seconds
+        self._tell("beat", patience_s=seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Return when all other ranks are gone after the end, or after `seconds`."""
+        self._thread.join(seconds)
 
     def close(self) -> None:
         """Close all lines of this process; the ranks stay connected to the process it came from."""
@@ -126,14 +128,14 @@ class Hub:
             self._judge()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + self._beat_s
-                self._tell("beat", patience_s=self.patience_s)
+                self._tell("beat", patience_s=self._patience_s)
         self.close()
 
     def _all_gone(self) -> bool:
-        return self._leave_at < float("inf") and not any(m.rank >= 0 for m in self._members)
+        return self._leave_at < float("inf") and not any(m.rank > 0 for m in self._members)
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        for member in self._members:
+        for member in list(self._members):  # also called by the main thread
             if member.rank >= 0:
                 member.line.send(kind, **fields)
 
@@ -152,7 +154,7 @@ class Hub:
             messages = None
         if messages is None:
             self._drop(member)
-            if member.rank >= 0 and not member.done:
+            if member.rank >= 0 and member.rank not in self._done:
                 self._end(member, "it was killed (kill -9, out of memory), or it crashed")
 
     def _take(self, member: _Member, message: dict[str, Any]) -> None:
@@ -172,16 +174,17 @@ class Hub:
         elif kind == "failed":
             self._end(member, str(message["error"]))
         elif kind == "bye":
-            member.done = True
-            if sum(m.done for m in self._members) == self._world_size:
+            self._done.add(member.rank)
+            if len(self._done) == self._world_size:
                 self._tell("bye")
-                self._leave_at = time.monotonic() + LINGER_S
+                self._leave_at = time.monotonic() + SERVED_S
 
     def _judge(self) -> None:
         """Look for ranks that are silent for too long, or have not come at all."""
         now = time.monotonic()
         for member in self._members:
-            if member.rank >= 0 and now - member.heard > member.patience_s:
+            done = member.rank < 0 or member.rank in self._done
+            if not done and now - member.heard > member.patience_s:
                 self._end(member, f"no sign of life of it for {now - member.heard:.0f} s")
         if not self._welcomed and now - self._started > self._timeout_s:
             here = {member.rank for member in self._members}
@@ -194,7 +197,7 @@ class Hub:
             rank, host = (member.rank, member.host) if member else (0, socket.gethostname())
             self._ending = Ending(rank, host, error)
             self._tell("ended", **self._ending._asdict())
-            self._leave_at = time.monotonic() + LINGER_S
+            self._leave_at = time.monotonic() + SERVED_S
 
     def _drop(self, member: _Member) -> None:
         self._selector.unregister(member.line.connection)

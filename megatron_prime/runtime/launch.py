@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_prime.config import ConfigError
@@ -50,7 +50,6 @@ class Launch:
         self.here = here
         self.store: Store | None = None
         self._lost_after_s = lost_after_s
-        self._hub: Hub | None = None
         self._watchdog: Watchdog | None = None
         self._saves = saves
         if here.world_size > 1:
@@ -66,7 +65,7 @@ class Launch:
 
     def _join(self, timeout_s: float) -> None:
         here = self.here
-        self.store, _, _ = next(
+        store, _, _ = next(
             rendezvous(
                 f"tcp://{here.master_addr}:{here.master_port}",
                 here.rank,
@@ -74,15 +73,16 @@ class Launch:
                 timeout=timedelta(seconds=timeout_s),
             )
         )
+        # torchrun's store outlives the ranks: what a former attempt left in it is not for this one.
+        self.store = PrefixStore(f"attempt_{here.attempt}", store)
+        hub = None
         if here.rank == 0:
             beat_s = beat_seconds(self._lost_after_s)
-            self._hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s)
-            self.store.set("hub", f"{self._hub.port} {self._hub.token}")
+            hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s)
+            self.store.set("hub", f"{hub.port} {hub.token}")
         port, token = self.store.get("hub").decode().split()
-        self._watchdog = Watchdog(
-            here.rank, (here.master_addr, int(port)), token, self._lost_after_s, timeout_s
-        )
-        self._be_patient(STARTING * self._lost_after_s)
+        address = here.master_addr, int(port)
+        self._watchdog = Watchdog(here.rank, address, token, self._lost_after_s, timeout_s, hub)
 
     @contextmanager
     def steps(self, agree: Callable[[int], int] | None) -> Iterator[None]:
@@ -99,11 +99,15 @@ class Launch:
         """End in peace, when all ranks have come here."""
         if self._watchdog:
             self._watchdog.finish()
-        if self._hub:
-            self._hub.wait()
 
     def failed(self, error: BaseException) -> int:
         """Report `error` to the other ranks, or learn whose it is; say so once. The exit code."""
+        code = self._report(error)
+        if self._watchdog:
+            self._watchdog.linger()
+        return code
+
+    def _report(self, error: BaseException) -> int:
         meant, echo, rank = isinstance(error, RunError), is_echo(error), self.here.rank
         line = str(error) if meant else traceback.format_exception_only(error)[-1].strip()
         trace = "" if meant else "".join(traceback.format_exception(error))
@@ -128,13 +132,13 @@ class Launch:
         ending = self._watchdog.failed(line, echo=False) if self._watchdog else None
         if ending is None or ending.rank == self.here.rank:
             say(f"[rank {self.here.rank}] {line}")
+        if self._watchdog:
+            self._watchdog.linger()
         os._exit(SAVED if self._saves else 128 + number)
 
     def _be_patient(self, seconds: float) -> None:
         if self._watchdog:
             self._watchdog.be_patient(seconds)
-        if self._hub:
-            self._hub.patience_s = seconds
 
 
 def is_echo(error: BaseException) -> bool:

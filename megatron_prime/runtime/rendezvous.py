@@ -20,6 +20,7 @@ class Rendezvous:
     local_rank: int = 0  # on this node: chooses the GPU
     master_addr: str = _LOOPBACK
     master_port: int = 29500  # torchrun's default
+    attempt: int = 0  # torchrun's --max-restarts starts all ranks again, at the same store
 
 
 def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
@@ -42,6 +43,7 @@ def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
             local_rank=int(environ.get("LOCAL_RANK", "0")),
             master_addr=environ["MASTER_ADDR"],
             master_port=int(environ["MASTER_PORT"]),
+            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         return Rendezvous(

@@ -14,8 +14,9 @@ that meets the same error by itself then keeps quiet about it.
 How long may a rank be silent? The thread beats while the main thread waits or computes: torch,
 gloo, NCCL and file reads let other Python threads run. Silent is only who holds the interpreter's
 lock in one native call: page faults of a memory-mapped file on a stuck file system, the CUDA
-driver's start, a compiler inside a library. Such calls stand at the start, so until the steps begin
-a rank has STARTING times the patience (`run.lost_after_s`) that it has during steps.
+driver's start, a compiler inside a library. (On a CPU the longest silence of a whole run was 0.5 s,
+in its imports; on GPUs it was not measured.) Such calls stand at the start, so until the steps
+begin a rank has STARTING times the patience (`run.lost_after_s`) that it has during steps.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ import threading
 import time
 from typing import Any
 
-from megatron_prime.runtime.hub import Ending, Line
+from megatron_prime.runtime.hub import Ending, Hub, Line
 
 ENDED = 69  # sysexits' EX_UNAVAILABLE: another rank ended
 STARTING = 6
 GRACE_S = 1.0  # for the main thread to meet the same error
 ECHO_S = 15.0  # for the rank that failed to report it: it may have to unwind first
+LINGER_S = 5.0  # for the others to leave before rank 0
 VERDICT_S = 10.0  # for the hub to say who ended first
+SHOW_CURSOR = b"\x1b[?25h"  # the live display hides it, and has no time to bring it back
 LONGEST_ERROR = 4000  # characters of it that are passed on
 
 
@@ -46,14 +49,21 @@ class Watchdog:
     """This rank's line to the hub; a daemon thread that ends the process when another rank ends."""
 
     def __init__(
-        self, rank: int, address: tuple[str, int], token: str, lost_after_s: float, timeout_s: float
+        self,
+        rank: int,
+        address: tuple[str, int],
+        token: str,
+        lost_after_s: float,
+        timeout_s: float,
+        hub: Hub | None = None,
     ) -> None:
         """Join; returns when all ranks have. The process ends, with a message, if some don't come.
 
-        Raises OSError if the hub can't be reached within `timeout_s`.
+        `hub`: the one of this process, on rank 0. Raises OSError if it can't be reached within
+        `timeout_s`.
         """
         self.rank = rank
-        self.patience_s = STARTING * lost_after_s
+        self._hub = hub
         self._beat_s = beat_seconds(lost_after_s)
         self._line = Line(socket.create_connection(address, timeout=timeout_s))
         self._line.send("hello", rank=rank, host=socket.gethostname(), token=token)
@@ -63,6 +73,7 @@ class Watchdog:
         self.ending: Ending | None = None
         os.register_at_fork(after_in_child=self._line.connection.close)  # it is the parent's
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.be_patient(STARTING * lost_after_s)
         self._thread.start()
         self._await(self._welcome)
 
@@ -85,11 +96,19 @@ class Watchdog:
         self._line.send("bye")
         self._await(self._over)
         self._line.connection.close()
+        self.linger()
+
+    def linger(self) -> None:
+        """Let rank 0 leave last: what it told the others could be lost with its connections."""
+        if self._hub:
+            self._hub.wait(LINGER_S)
 
     def be_patient(self, seconds: float) -> None:
         """Let the hub allow this rank a silence of `seconds` from now on."""
         self.patience_s = seconds
         self._line.send("beat", patience_s=seconds)
+        if self._hub:
+            self._hub.be_patient(seconds)
 
     def heard_of_an_end(self, within_s: float) -> bool:
         """Whether another rank's end is known, or becomes known soon; this process ends then."""
@@ -97,7 +116,8 @@ class Watchdog:
 
     def _await(self, event: threading.Event) -> None:
         while not event.wait(1.0):
-            assert self._thread.is_alive(), "the watchdog's thread ends the process or sets events"
+            alive = self._thread.is_alive() or event.is_set()  # it may have been set just now
+            assert alive, "the watchdog's thread ends the process or sets events"
 
     def _watch(self) -> None:
         heard, next_beat = time.monotonic(), 0.0
@@ -143,7 +163,10 @@ class Watchdog:
         self.ending = ending
         self._known.set()
         if not self._failing.wait(GRACE_S):
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
             say(ended_because(self.rank, ending))
+            self.linger()
             os._exit(ENDED)
 
 

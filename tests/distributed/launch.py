@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(
-    script_or_module: str | Path, nproc: int, args: Sequence[object] = (), timeout_s: float = 240
+    script_or_module: str | Path,
+    nproc: int,
+    args: Sequence[object] = (),
+    timeout_s: float = 240,
+    launcher: Sequence[str] = (),
 ) -> str:
     """Run a script (a path) or a module (a dotted name) on `nproc` gloo ranks; returns its output.
 
@@ -26,20 +30,21 @@ def run_ranks(
     target = str(script_or_module)
     what = [target] if target.endswith(".py") else ["-m", target]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", *what, *map(str, args)]
+    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command += [*launcher, *what, *map(str, args)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    launcher = subprocess.Popen(
+    torchrun = subprocess.Popen(
         command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        output, _ = launcher.communicate(timeout=timeout_s)
+        output, _ = torchrun.communicate(timeout=timeout_s)
     except BaseException as error:  # a timeout, or Ctrl-C: no rank may outlive the test
-        output = _stop(launcher)
+        output = _stop(torchrun)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         raise AssertionError(f"no end after {timeout_s} s:\n{output}") from None
-    assert launcher.returncode == 0, f"exit status {launcher.returncode}:\n{output}"
+    assert torchrun.returncode == 0, f"exit status {torchrun.returncode}:\n{output}"
     return output
 
 

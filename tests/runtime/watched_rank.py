@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,11 +33,8 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
     while not (folder / "hub").exists():
         time.sleep(0.01)
     port, token = (folder / "hub").read_text().split()
-    watchdog = Watchdog(rank, ("127.0.0.1", int(port)), token, lost_after_s, 60)
-    if hub:
-        hub.patience_s = lost_after_s
+    watchdog = Watchdog(rank, ("127.0.0.1", int(port)), token, lost_after_s, 60, hub)
     watchdog.be_patient(lost_after_s)
-    time.sleep(2 * beat_seconds(min(lost_after_s, 9)))  # the hub's next beat tells its patience
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
     match deed.split(":"):
         case ["wait"]:  # as in a collective that never ends
@@ -50,6 +48,7 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
                 say(f"[rank {rank}] {ending.error}")
             elif ending.error != error:
                 say(ended_because(rank, ending))
+            watchdog.linger()
             return 1
         case ["hold", seconds]:  # the interpreter's lock, in native code
             ctypes.PyDLL(None).usleep(int(float(seconds) * 1e6))
@@ -58,11 +57,11 @@ def main(folder: Path, rank: int, world_size: int, lost_after_s: float, deed: st
                 time.sleep(20)
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
+        case ["desert"]:  # after its bye
+            threading.Timer(1, os._exit, (5,)).start()
         case _:
             raise ValueError(deed)
     watchdog.finish()
-    if hub:
-        hub.wait()
     return 0
 
 
