@@ -37,6 +37,7 @@ class Fake:
         self.logged: dict[int, dict[str, float]] = {}
         self.saved: list[LoopState] = []
         self.samplings: list[Sampling] = []
+        self.recorded: dict[int, list[int]] = {}  # prompts by step
         self.next_id = 0
         self.prm_logprobs = iter(torch.linspace(-2, -1, 50))
         self.trained_on: list[TrainBatch] = []
@@ -47,6 +48,9 @@ class Fake:
         self.next_id += count
         ids = range(self.next_id - count, self.next_id)
         return [Prompt(i, (1, 2), "4", "math", "fake") for i in ids]
+
+    def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None:
+        self.recorded[step] = [group.prompt.prompt_id for group in groups]
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         self.returned += [prompt.prompt_id for prompt in prompts]

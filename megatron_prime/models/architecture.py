@@ -135,9 +135,10 @@ def build_model(
     """This rank's parts of the model, on its device; the process groups must stand.
 
     One part, or with virtual pipeline stages one for each, in the order of their layers. A part's
-    forward takes a pack of tokens [1, S] and gives logits [1, S, V / tp] on the last pipeline
-    stage. The weights are Megatron's random ones until `weights.load.load_hf` or a checkpoint
-    replaces them. Raises ConfigError as `transformer_config`.
+    forward takes a pack of tokens [1, S] and gives logits [1, n, V / tp] of the pack's n `wanted`
+    tokens on the last pipeline stage. The weights are Megatron's random ones until
+    `weights.load.load_hf` or a checkpoint replaces them. Raises ConfigError as
+    `transformer_config`.
     """
     config = transformer_config(shape, precision, megatron)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -166,7 +167,33 @@ def _part(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) ->
         vp_stage=vp_stage,
         **rope,
     )
+    if model.post_process:
+        _leave_out_logits(model)
     return model.to(torch.cuda.current_device())
+
+
+def _leave_out_logits(model: GPTModel) -> None:
+    """Let only the tokens `wanted` of a pack meet the vocabulary: logits [1, n, V / tp].
+
+    Prompts need no logits, which are a model's largest tensor. Under sequence parallelism the
+    output layer gathers the sequence itself, so there the others are left out after it.
+    """
+    layer = model.output_layer
+
+    def note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        layer.wanted = kwargs["packed_seq_params"].wanted
+
+    def before(_layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0].index_select(0, layer.wanted), *inputs[1:]
+
+    def after(_layer: Any, _inputs: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return outputs[0].index_select(0, layer.wanted), *outputs[1:]
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    if model.config.sequence_parallel:
+        layer.register_forward_hook(after)
+    else:
+        layer.register_forward_pre_hook(before)
 
 
 def _layers(config: TransformerConfig, rope: Mapping[str, Any], vp_stage: int | None) -> Any:

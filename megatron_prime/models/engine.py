@@ -121,15 +121,14 @@ class Engine:
         batch: MicroBatch,
         loss: Loss | None,
         share: float,
-        logits: Tensor,  # [1, S, V / tp]
+        logits: Tensor,  # [1, n, V / tp]
         non_loss_data: bool = False,
     ) -> Any:
         """What the last stage does with logits: log-probs, entropy and, in training, the loss."""
-        wanted = logits[0].index_select(0, batch.predicts_at)
         if self.temperature != 1.0:
-            wanted = wanted.float() / self.temperature
+            logits = logits.float() / self.temperature
         found = vocab_parallel_logprobs_and_entropy(
-            wanted,
+            logits[0],
             batch.targets,
             self.shape.vocab_size,
             parallel_state.get_tensor_model_parallel_group(),

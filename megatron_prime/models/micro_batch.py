@@ -65,8 +65,7 @@ class MicroBatch:
     tokens: Tensor  # int64 [1, S]
     positions: Tensor  # int64 [1, S], within each sequence
     pack: Pack
-    predicts_at: Tensor  # int64 [n], where in S the logits predict a response token
-    targets: Tensor  # int64 [n], those response tokens
+    targets: Tensor  # int64 [n], the response tokens that the logits at `pack.wanted` predict
     slots: Tensor  # int64 [n], where in the flattened [b, T] their log-probs belong
     width: int  # T
 
@@ -92,12 +91,12 @@ def make_micro_batch(
     pack = Pack.of(lengths, grid.cp_rank, grid.cp_size, grid.device)
     mine = pack.tokens_of(grid.cp_rank)
     predicts_at = (slots[mine] >= 0).nonzero().squeeze(1)
+    pack.wanted = predicts_at.to(grid.device)
     return MicroBatch(
         rows=torch.tensor(list(rows), device=grid.device),
         tokens=tokens[mine][None].to(grid.device),
         positions=pack.positions[mine][None].to(grid.device),
         pack=pack,
-        predicts_at=predicts_at.to(grid.device),
         targets=tokens[mine[predicts_at] + 1].to(grid.device),
         slots=slots[mine[predicts_at]].to(grid.device),
         width=width,

@@ -50,6 +50,7 @@ class Pack(PackedSeqParams):
     cp_rank: int = 0
     cp_size: int = 1
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))  # int64 [total], on the host
+    wanted: Tensor | None = None  # int64 [n], the tokens of this rank whose logits are wanted
     _rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod

@@ -28,7 +28,8 @@ def test_rows_lie_one_after_the_other() -> None:
     assert batch.pack.cu_seqlens_q.tolist() == [0, 7, 12]
     assert batch.pack.max_seqlen_q == 7
     assert batch.targets.tolist() == [35, 36, 37, 13, 14, 15]
-    assert batch.predicts_at.tolist() == [3, 4, 5, 8, 9, 10]
+    assert batch.pack.wanted is not None
+    assert batch.pack.wanted.tolist() == [3, 4, 5, 8, 9, 10]
     assert (batch.slots.tolist(), batch.width) == ([0, 1, 2, 3, 4, 5], 3)
     assert batch.rows.tolist() == [2, 0]
 
