@@ -17,9 +17,7 @@ import torch.distributed as dist
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
 from megatron_prime.config import (
-    BatchSection,
     ConfigError,
-    ModelName,
     ParallelSizes,
     RunConfig,
 )
@@ -28,12 +26,8 @@ from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
-from megatron_prime.models.engine import Engine
-from megatron_prime.models.guard import Guard
-from megatron_prime.models.policy import MegatronPolicy
+from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of
 from megatron_prime.models.precision import Chip, chip_problems
-from megatron_prime.models.prm import MegatronPrm
-from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Roles, RolloutEngine, Verifier
 from megatron_prime.rollout.local_engine import LocalEngine
@@ -194,25 +188,6 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
         yield ranks
 
 
-def policy_of(config: RunConfig) -> MegatronPolicy:
-    """The policy, at its start."""
-    engine = trained(config, "policy", config.policy, config.rollout.temperature)
-    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
-
-
-def prm_of(config: RunConfig) -> MegatronPrm:
-    """The PRM, at its start."""
-    engine = trained(config, "prm", config.prm, 1.0)
-    return MegatronPrm(engine, config.prm, Guard(config, "prm"))
-
-
-def reference_of(config: RunConfig) -> MegatronReference:
-    """The reference, cut into the PRM's micro-batches."""
-    chunks, shape = loaded(config, "reference")
-    engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
-    return MegatronReference(engine, Guard(config, "reference"))
-
-
 def rollout_roles(
     config: RunConfig, tokenizer: Any, ranks: WorldRanks, verifier: Verifier
 ) -> tuple[PromptStream | RecordedRollouts, RolloutEngine, Verifier]:
@@ -226,29 +201,6 @@ def rollout_roles(
         local_engine(config, tokenizer, ranks),
         verifier,
     )
-
-
-def trained(
-    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
-) -> TrainableEngine:
-    """A model with optimizer, from a Hugging Face checkpoint."""
-    chunks, shape = loaded(config, name)
-    steps, precision = config.run.steps, config.precision.of(name)
-    return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
-
-
-def hf_of(config: RunConfig, name: ModelName) -> Path:
-    """The checkpoint that a model starts from."""
-    return (config.prm.hf or config.model.hf) if name == "prm" else config.model.hf
-
-
-def loaded(config: RunConfig, name: ModelName) -> tuple[list[Any], ModelShape]:
-    """This rank's parts of a model."""
-    hf = hf_of(config, name)
-    shape = ModelShape.from_hf(hf, config.parallel.tp)
-    chunks = build_model(shape, config.precision.of(name), config.megatron)
-    load_hf(chunks, hf, shape)
-    return chunks, shape
 
 
 def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalEngine:

@@ -252,7 +252,8 @@ class BatchSection(OptimizerSection):
     mini_batch_size: Positive = 256
     """Rollouts per optimizer step."""
     micro_batch_tokens: Positive = 8192
-    """Tokens (padding included) that one rank puts through the model at once."""
+    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
+    FP8, sequence parallelism or a pipeline wants comes on top."""
 
 
 class PolicySection(BatchSection):

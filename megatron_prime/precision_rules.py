@@ -121,7 +121,8 @@ def shape_problems(
 ) -> Iterator[str]:
     """Dimensions of a model's config.json that the recipe can't multiply.
 
-    `model` is the one that `knob` names, cut over `tp` tensor-parallel ranks and `pp` stages.
+    `model` (with the family's defaults) is the one that `knob` names, cut over `tp`
+    tensor-parallel ranks and `pp` stages.
     """
     if options.fp8 is None:
         return
@@ -146,8 +147,7 @@ def shape_problems(
 def _sides(model: Mapping[str, Any], tp: int) -> dict[str, int]:
     """The sides of the layers' weight matrices on one tensor-parallel rank."""
     heads = model["num_attention_heads"]
-    head_dim = model.get("head_dim") or model["hidden_size"] // heads
-    kv_heads = model.get("num_key_value_heads") or heads
+    head_dim, kv_heads = model["head_dim"], model["num_key_value_heads"]
     share = f" / tensor_model_parallel_size {tp}" if tp > 1 else ""
     return {
         "hidden_size": model["hidden_size"],

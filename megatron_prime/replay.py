@@ -16,6 +16,7 @@ from megatron_prime import build
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import NotFinite
 from megatron_prime.models.engine import Loss, culprits
+from megatron_prime.models.factory import policy_of, prm_of, reference_of
 from megatron_prime.models.guard import Batch, Tracer, load_batch, load_weights, rollouts_of
 from megatron_prime.models.mini_batch import MiniBatch
 from megatron_prime.models.policy import MegatronPolicy
@@ -32,9 +33,9 @@ def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
     """Print loss, gradient norm and log-probs, or raise NotFinite with all that is known."""
     name, batch = load_batch(folder)
     make: dict[str, Callable[[RunConfig], Model]] = {
-        "policy": build.policy_of,
-        "prm": build.prm_of,
-        "reference": build.reference_of,
+        "policy": policy_of,
+        "prm": prm_of,
+        "reference": reference_of,
     }
     with build.training_session(config, launch, "replay") as ranks, launch.steps(agree=None):
         model = make[name](config)

@@ -178,8 +178,7 @@ def _model(
         "intermediate_size": (TP, sizes.tp),
         "num_hidden_layers": (stages, sizes.pp * sizes.vpp),
     }
-    if "num_attention_heads" in model:  # older Llamas say nothing of groups
-        model.setdefault("num_key_value_heads", model["num_attention_heads"])
+    model = with_defaults(model)
     wanted = (*parts, "hidden_size", "max_position_embeddings")
     if missing := [key for key in wanted if key not in model]:
         yield f"{knob}: {path} lacks {', '.join(missing)}; is it a whole checkpoint?"
@@ -202,14 +201,31 @@ def _model(
         )
 
 
-def max_positions(model: dict[str, Any]) -> int:
-    """The longest sequence that the model of this config.json attends to as a whole.
+# What transformers takes where config.json is silent; a null in it is an answer.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+}
 
-    A sliding window bounds it: up to that length it hides nothing.
-    """
-    windowed = model.get("use_sliding_window", True)  # Mistral's has no switch
-    window = (model.get("sliding_window") if windowed else None) or model["max_position_embeddings"]
-    return int(min(model["max_position_embeddings"], window))
+
+def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of a family in MODEL_TYPES with what it leaves out."""
+    whole = {**_DEFAULTS[model["model_type"]], **model}
+    heads = whole.get("num_attention_heads")
+    if heads and not whole.get("num_key_value_heads"):
+        whole["num_key_value_heads"] = heads
+    if heads and "hidden_size" in whole and not whole.get("head_dim"):
+        whole["head_dim"] = whole["hidden_size"] // heads
+    return whole
+
+
+def max_positions(model: dict[str, Any]) -> int:
+    """The longest sequence that the model of this config.json, `with_defaults`, attends to as a
+    whole: up to its length a sliding window hides nothing."""
+    window = model.get("sliding_window") if model.get("use_sliding_window") else None
+    return int(min(model["max_position_embeddings"], window or model["max_position_embeddings"]))
 
 
 def _longest(config: RunConfig) -> dict[str, int]:
@@ -262,11 +278,11 @@ def _shares(
             f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of the "
             f"{replicas} data-parallel replicas"
         )
-    elif sizes.vpp > 1 and knobs.mini_batch_size < replicas * sizes.pp:
+    elif sizes.vpp > 1 and knobs.mini_batch_size % (replicas * sizes.pp):
         yield (
-            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted {replicas * sizes.pp} "
-            f"or more: with megatron.{VPP} each of the {replicas} data-parallel replicas needs a "
-            f"rollout for each of {sizes.pp} pipeline stages"
+            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of "
+            f"{replicas} * {sizes.pp}: with megatron.{VPP} each of the {replicas} data-parallel "
+            f"replicas takes a multiple of {sizes.pp} micro-batches, one for each pipeline stage"
         )
 
 

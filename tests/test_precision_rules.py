@@ -4,6 +4,7 @@ import pytest
 
 from megatron_prime import precision_rules
 from megatron_prime.config import PrecisionOptions
+from megatron_prime.validate import with_defaults
 
 # On two tensor-parallel ranks every side of its matrices is a multiple of 128.
 LLAMA = {
@@ -58,6 +59,7 @@ def test_each_side_that_does_not_fit_is_named():
 def test_head_dim_and_key_value_heads_are_what_transformers_takes_them_for():
     """Without head_dim: hidden_size / heads; without key/value heads: as many as heads."""
     model = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 64}
+    model = with_defaults({"model_type": "llama", **model})
     found = shapes("mxfp8", model=model)  # 48 hidden, 6 * 8 = 48 of the heads, 3 * 48 = 144 of QKV
     assert [line.partition("but ")[2].partition(" in ")[0] for line in found] == [
         "hidden_size = 48",

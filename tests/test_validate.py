@@ -154,7 +154,7 @@ IMPOSSIBLE = {
         },
         4,
         "prm.mini_batch_size",
-        "found 2, wanted 4 or more: with",
+        "found 2, wanted a multiple of 2 . 2: with",
     ),
     "experts": (
         {"megatron": {"expert_model_parallel_size": 2}},

@@ -10,6 +10,7 @@ fastest waits for the slowest.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 MicroBatch = list[int]  # row numbers, longest row first
@@ -20,16 +21,16 @@ def plan_micro_batches(
     lengths: Sequence[int],
     dp_size: int,
     max_tokens: int,
-    at_least: int = 1,
+    stages: int = 1,
     multiple: int = 1,
 ) -> list[list[MicroBatch]]:
     """Deal rows to packs and packs to ranks: `plan[dp_rank][micro_batch]` lists row numbers.
 
     `lengths[row]` and `max_tokens` are in tokens; a pack's lengths add up to at most `max_tokens`.
-    Each rank gets at least `at_least` packs if there are rows enough, a multiple of `multiple`
-    (which interleaved pipelines want), and not more than the cap asks for. The plan depends on the
-    arguments alone. Raises ValueError for a row above `max_tokens`, and where there are too few
-    rows for one in each pack.
+    Each rank gets the fewest packs that the cap allows; with pipeline `stages`, up to one a stage
+    if that shortens the pipeline's time; always a multiple of `multiple` (which interleaved
+    pipelines want). The plan depends on the arguments alone. Raises ValueError for a row above
+    `max_tokens`, and where there are too few rows for one in each pack.
     """
     for row, length in enumerate(lengths):
         if length > max_tokens:
@@ -38,11 +39,18 @@ def plan_micro_batches(
                 f" {max_tokens}; raise micro_batch_tokens or shorten prompts and responses"
             )
     most = len(lengths) // dp_size
-    fewest = -(-sum(lengths) // (max_tokens * dp_size))
-    for count in range(_up(max(fewest, min(at_least, most), 1), multiple), most + 1, multiple):
+    fewest = max(1, -(-sum(lengths) // (max_tokens * dp_size)))
+    best: list[MicroBatch] = []
+    shortest = math.inf
+    for count in range(_up(fewest, multiple), most + 1, multiple):
         packs = _spread(lengths, dp_size * count)
-        if max(sum(lengths[row] for row in pack) for pack in packs) <= max_tokens:
-            return _deal(packs, lengths, dp_size)
+        longest = max(sum(lengths[row] for row in pack) for pack in packs)
+        if longest <= max_tokens and (time := (count + stages - 1) * longest) < shortest:
+            best, shortest = packs, time
+        if best and count >= stages:
+            break
+    if best:
+        return _deal(best, lengths, dp_size)
     raise ValueError(
         f"found {len(lengths)} rows for {dp_size} data-parallel ranks, which is too few for at"
         f" least {multiple} micro-batches of micro_batch_tokens = {max_tokens} on each; raise"

@@ -36,10 +36,24 @@ FIXED: dict[str, Any] = {
     # Packs of one pipeline are equally long; exchanging shapes can hang with virtual stages.
     "variable_seq_lengths": False,
     "calculate_per_token_loss": False,  # the engine's losses are already shares of the batch's
-    "num_moe_experts": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
     "hierarchical_context_parallel_sizes": None,
+    # No model here has these, and plain torch layers would leave some out in silence.
+    "layernorm_zero_centered_gamma": False,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "mrope_section": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "softmax_scale": None,
+    "attention_output_gate": False,
+    "apply_residual_connection_post_layernorm": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "qk_clip": False,
+    "qk_l2_norm": False,
+    "heterogeneous_block_specs": False,
 }
 
 # Fused CUDA kernels and CUDA streams: not on a CPU, whatever `[megatron]` says.
@@ -56,8 +70,6 @@ CPU_OPTIONS: dict[str, Any] = {
     "tp_comm_overlap": False,
     "batch_p2p_comm": False,
     "batch_p2p_sync": False,
-    # With deallocate_pipeline_outputs, overlapping sends over gloo give wrong losses in silence.
-    "overlap_p2p_comm": False,
 }
 
 
@@ -84,20 +96,23 @@ def transformer_config(
         for key in megatron.keys() & FIXED.keys()
         if megatron[key] != FIXED[key]
     ]
+    on_gpu = torch.cuda.is_available()
+    if megatron.get("overlap_p2p_comm") and not on_gpu:
+        problems.append(
+            "megatron.overlap_p2p_comm: found true without CUDA, where overlapping sends give "
+            "wrong losses in silence; remove it"
+        )
     problems += _division_problems(shape, megatron)
-    if precision.fp8 and not torch.cuda.is_available():  # Megatron would leave it out in silence
+    if precision.fp8 and not on_gpu:  # Megatron would leave it out in silence
         problems.append("[precision] fp8: there is none on a CPU; remove it")
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
-    cpu = {} if torch.cuda.is_available() else CPU_OPTIONS
+    cpu = {} if on_gpu else CPU_OPTIONS
     options = {"deallocate_pipeline_outputs": True, **megatron, **owned, **FIXED, **cpu}
     try:
-        config = TransformerConfig(**options)
+        return TransformerConfig(**options)
     except (AssertionError, TypeError, ValueError) as error:  # its own checks of combinations
         raise ConfigError(f"[megatron]: Megatron refuses these options: {error}") from error
-    overlaps = config.overlap_p2p_comm and config.deallocate_pipeline_outputs
-    assert not (cpu and overlaps), "over gloo these two give wrong losses in silence"
-    return config
 
 
 def _shape_options(shape: ModelShape) -> dict[str, Any]:

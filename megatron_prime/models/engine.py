@@ -182,9 +182,8 @@ def grid_of(config: TransformerConfig, device: torch.device) -> Grid:
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
-        at_least=stages,
+        stages=stages,
         multiple=stages if config.virtual_pipeline_model_parallel_size else 1,
-        equal=stages > 1,
         token_multiple=token_multiple(config, sharing),
         device=device,
     )

@@ -22,16 +22,6 @@ from torch import Tensor
 _NEVER = -1e30
 
 
-def vocab_parallel_logprobs(
-    logits_V: Tensor, targets: Tensor, vocab_size: int, tp_group: dist.ProcessGroup
-) -> Tensor:
-    """log p(target): float32 [...], the same on every rank of `tp_group`.
-
-    Arguments as of `vocab_parallel_logprobs_and_entropy`.
-    """
-    return vocab_parallel_logprobs_and_entropy(logits_V, targets, vocab_size, tp_group)[0]
-
-
 def vocab_parallel_logprobs_and_entropy(
     logits_V: Tensor,  # [..., V / tp], this rank's columns; not overwritten
     targets: Tensor,  # int64 [...], in [0, vocab_size)

@@ -34,9 +34,8 @@ class Grid:
     dp_size: int
     cp_rank: int
     cp_size: int
-    at_least: int  # micro-batches of a rank, where there are rows enough
-    multiple: int  # what their number must be a multiple of
-    equal: bool  # whether all packs of a rank must be equally long
+    stages: int  # of the pipeline
+    multiple: int  # what the number of a rank's micro-batches must be a multiple of
     token_multiple: int  # what the tokens of one context-parallel rank must be a multiple of
     device: torch.device
 
@@ -112,11 +111,11 @@ def cut(
     """
     lengths = [grid.sequence_length(len(sequences[row].token_ids)) for row in rows]
     plan = plan_micro_batches(
-        lengths, grid.dp_size, max_tokens * grid.cp_size, grid.at_least, grid.multiple
+        lengths, grid.dp_size, max_tokens * grid.cp_size, grid.stages, grid.multiple
     )
     packs = plan[grid.dp_rank]
     sizes = [grid.pack_length(sum(lengths[i] for i in pack)) for pack in packs]
-    if grid.equal:
+    if grid.stages > 1:
         sizes = [max(sizes)] * len(sizes)
     return [
         make_micro_batch(sequences, [rows[i] for i in pack], size, grid)

@@ -33,7 +33,8 @@ from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import TokenSequence
 
 # The distributed optimizer's default format can't be saved by this version's dist_checkpointing
-# (mapping.py:133 refuses flattened ranges); this one can, and loads in any layout.
+# (mapping.py:133 refuses flattened ranges); this one can, and loads in any layout. It gathers a
+# bucket's shards on one data-parallel rank's host to save them: slower, and not measured yet.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
-from megatron_prime.validate import MODEL_TYPES, max_positions
+from megatron_prime.validate import MODEL_TYPES, max_positions, with_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +61,12 @@ class ModelShape:
 
 
 def padded(vocab_size: int, tp: int) -> int:
-    """Rows of an embedding that `tp` ranks share evenly.
+    """Rows of an embedding that `tp` ranks share evenly, each a multiple of 16 (for fast kernels).
 
-    Each rank's share is a multiple of 16, which tensor cores want of a matrix in FP8.
+    A checkpoint may be loaded with another `tp`, and so another padding.
     """
     return -(-vocab_size // (16 * tp)) * 16 * tp
 
-
-# What transformers takes where config.json is silent.
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_KV_HEADS = {"mistral": 8}
 
 # What no model here has: the value that runs, and what another one means.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -93,15 +89,14 @@ def _from_config(config: dict[str, Any], path: Path, tp: int) -> ModelShape:
             )
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or _DEFAULT_HEAD_DIM.get(family)
+    config = with_defaults(config)
     return ModelShape(
         family=family,
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or _DEFAULT_KV_HEADS.get(family, heads),
-        head_dim=head_dim or config["hidden_size"] // heads,
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
         ffn_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         padded_vocab_size=padded(config["vocab_size"], tp),

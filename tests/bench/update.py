@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
         model = larger_model(known.folder, known.hidden, known.layers, known.vocabulary)
     config = run_config(known.folder, model)
     with one_rank(config):
-        from megatron_prime import build
+        from megatron_prime.models.factory import policy_of
 
-        ours = build.policy_of(config)
+        ours = policy_of(config)
         theirs = PlainModel(model, config.policy)
         rows = ragged_rows(theirs.model.config.vocab_size)
         start = {name: tensor.clone() for name, tensor in theirs.model.state_dict().items()}

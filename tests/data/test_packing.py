@@ -23,9 +23,9 @@ def random_case(seed):
 
 @pytest.mark.parametrize("seed", range(300))
 def test_plans_keep_their_promises(seed):
-    lengths, dp_size, max_tokens, at_least, multiple = random_case(seed)
+    lengths, dp_size, max_tokens, stages, multiple = random_case(seed)
     try:
-        plan = plan_micro_batches(lengths, dp_size, max_tokens, at_least, multiple)
+        plan = plan_micro_batches(lengths, dp_size, max_tokens, stages, multiple)
     except ValueError:  # too few rows: even a pack for each row would not have been enough
         assert multiple > 1
         assert sum(lengths) > 0.4 * max_tokens * dp_size * (len(lengths) // dp_size - multiple)
@@ -35,14 +35,13 @@ def test_plans_keep_their_promises(seed):
     assert sorted(rows) == list(range(len(lengths)))
     (count,) = {len(share) for share in plan}
     assert count % multiple == 0
-    assert count >= min(at_least, len(lengths) // dp_size)
     for share in plan:
         assert all(share), "no micro-batch is empty"
     of_packs = loads(plan, lengths)
     assert max(max(share) for share in of_packs) <= max_tokens
     of_ranks = [sum(share) for share in of_packs]
     assert max(of_ranks) - min(of_ranks) <= max(lengths)
-    assert plan == plan_micro_batches(lengths, dp_size, max_tokens, at_least, multiple)
+    assert plan == plan_micro_batches(lengths, dp_size, max_tokens, stages, multiple)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -63,14 +62,16 @@ def test_equal_rows_are_spread_evenly_and_not_into_full_and_rest():
     assert [[len(pack) for pack in share] for share in plan] == [[5, 5], [5, 5]]
 
 
-def test_a_pipeline_gets_a_micro_batch_for_each_stage_where_rows_suffice():
+def test_a_pipeline_gets_a_micro_batch_for_each_stage_where_that_is_faster():
     def counts(rows, **wanted):
-        return [len(share) for share in plan_micro_batches([5] * rows, 2, 1000, **wanted)]
+        return [len(share) for share in plan_micro_batches(rows, 2, 1000, **wanted)]
 
-    assert counts(16) == [1, 1]
-    assert counts(16, at_least=4) == [4, 4]
-    assert counts(4, at_least=4) == [2, 2]
-    assert counts(16, at_least=3, multiple=2) == [4, 4]
+    assert counts([5] * 16) == [1, 1]
+    assert counts([5] * 16, stages=4) == [4, 4]
+    assert counts([5] * 4, stages=4) == [2, 2]
+    assert counts([5] * 16, stages=3, multiple=2) == [4, 4]
+    # One row is nearly all there is: more packs would only be filled up to it.
+    assert counts([900, 900, *[5] * 14], stages=4) == [1, 1]
 
 
 def test_a_row_above_the_cap_is_named():

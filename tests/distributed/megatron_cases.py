@@ -159,7 +159,7 @@ class Tested:
         self.check_logprobs(self.model(sequence_parallel=True))
 
     def check_logprobs(self, chunks: Any) -> None:
-        """In packs of many rows, and of one row each."""
+        """In large packs, in small ones, and unpacked: one row at a time on each replica."""
         sequences = [TokenSequence(tuple(ids), prompt) for ids, prompt in self.truth["sequences"]]
         for max_tokens in (120, 40):
             engine = Engine(chunks, self.shape, max_tokens, temperature=1.0)
@@ -167,6 +167,14 @@ class Tested:
             logprobs, entropy, _ = engine._assemble(outputs, sequences)
             assert_close(logprobs, self.truth["logprobs"], 1e-5)
             assert_close(entropy, self.truth["entropy"], 1e-5)
+        copies = engine.grid.dp_size * engine.grid.multiple
+        for row, sequence in enumerate(sequences[:4]):
+            alone = engine.logprobs([sequence] * copies)
+            assert_close(
+                alone,
+                self.truth["logprobs"][row : row + 1, : alone.shape[1]].expand_as(alone),
+                1e-5,
+            )
 
     def round_trip(self) -> None:
         """load_hf, then gather: bit for bit what is in the file, on every rank, in both types."""

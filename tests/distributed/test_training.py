@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import tiny_models
 import torch
 from launch import run_ranks
-from layouts import LAYOUTS
+from layouts import LAYOUTS, OF_EIGHT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -283,3 +284,14 @@ def tiny_models_weights(hf_dir: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(hf_dir / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_eight_ranks(folder: Path, truths: dict[str, dict[str, Any]]) -> None:
+    run_ranks(Path(__file__).with_name("training_cases.py"), 8, [folder], timeout_s=500)
+    for name, layout in product(MODELS, OF_EIGHT):
+        found = torch.load(folder / f"{name}-{layout}.pt", weights_only=False)
+        test_scores(found, truths, name)
+        for role in ("policy", "prm"):
+            test_weights_after_two_updates(role, found, truths, name, folder)
+            test_losses_and_gradient_norms(role, found, truths, name)

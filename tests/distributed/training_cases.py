@@ -1,6 +1,6 @@
-"""What the four ranks of test_training.py do: train tiny models in every layout, save the weights.
+"""What the ranks of test_training.py do: train tiny models in every layout, save the weights.
 
-`python -m torch.distributed.run --nproc-per-node=4 training_cases.py FOLDER`
+`python -m torch.distributed.run --nproc-per-node=N training_cases.py FOLDER`, N four or eight
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_prime.runtime.compat import before_megatron_import
 before_megatron_import()
 
 from guards import guard  # noqa: E402
-from layouts import LAYOUTS, megatron_options  # noqa: E402
+from layouts import LAYOUTS, OF_EIGHT, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_prime.config import (  # noqa: E402
@@ -54,7 +54,7 @@ UPDATES = 2
 def main(folder: Path) -> None:
     distributed.initialize(rendezvous_from(os.environ), ParallelSizes(), 1, TIMEOUT_S)
     job = torch.load(folder / "job.pt", weights_only=False)
-    for layout, sizes in LAYOUTS.items():
+    for layout, sizes in (LAYOUTS if dist.get_world_size() == 4 else OF_EIGHT).items():
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
         for name in job["policy"]:

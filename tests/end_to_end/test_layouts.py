@@ -25,11 +25,14 @@ VIRTUAL = (
 
 @pytest.fixture(scope="module")
 def deep(job: Job) -> tuple[str, ...]:
-    """The knobs that start from a model of four layers, which two stages can hold in two parts."""
+    """The knobs that start from a model of four layers, which two stages can hold in two parts,
+    and of 67 tokens, which are padded to 80 on one and to 96 on two tensor-parallel ranks."""
     folder = job.folder / "deep"
     write_shape(load_quickstart(), folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 4, "vocab_size": 67})
+    )
     start = job.folder / "deep_start"
     knobs = (f"--model.hf={folder}", f"--sft.output={start}", *VIRTUAL)
     job.start("sft", 2, "deep_sft", *knobs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ architecture = pytest.importorskip("megatron_prime.models.architecture")
 from megatron.core.models.common.embeddings.rotary_pos_embedding import (  # noqa: E402
     RotaryEmbedding,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_prime.models.packed_attention import Pack, attend  # noqa: E402
 from megatron_prime.models.torch_spec import TorchAttention  # noqa: E402
@@ -80,6 +81,16 @@ def test_refusals_name_the_option(megatron: dict[str, Any], told: str) -> None:
     assert told in str(error.value)
 
 
+def test_what_would_change_the_mathematics_is_refused() -> None:
+    """Megatron's own default of each option is the value that is wanted."""
+    defaults = {field.name: field.default for field in fields(TransformerConfig)}
+    ours = ("hidden_dropout", "attention_dropout")
+    for option, wanted in architecture.FIXED.items():
+        assert option in ours or defaults[option] == wanted
+        with pytest.raises(ConfigError, match=rf"megatron.{option}: found 'x', wanted"):
+            config_of(**{option: "x"})
+
+
 def test_all_problems_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         config_of(replace(SHAPE, num_kv_heads=8), nonsense=1, hidden_size=3, hidden_dropout=0.5)
@@ -88,8 +99,10 @@ def test_all_problems_at_once() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU options")
 def test_no_fused_kernel_and_no_overlapped_sends_on_a_cpu() -> None:
-    config = config_of(overlap_p2p_comm=True, bias_activation_fusion=True, batch_p2p_comm=True)
+    config = config_of(bias_activation_fusion=True, batch_p2p_comm=True)
     assert not config.overlap_p2p_comm  # with deallocate_pipeline_outputs: wrong losses over gloo
+    with pytest.raises(ConfigError, match="overlap_p2p_comm: found true without CUDA"):
+        config_of(overlap_p2p_comm=True)
     assert not config.batch_p2p_comm
     assert not config.bias_activation_fusion
     assert config.deallocate_pipeline_outputs

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_prime.models.logprobs import (
-    vocab_parallel_logprobs,
     vocab_parallel_logprobs_and_entropy,
 )
 
@@ -87,7 +86,7 @@ def test_logprobs_alone_and_bf16_logits(alone: dist.ProcessGroup) -> None:
     torch.manual_seed(3)
     logits = torch.randn(4, 9).bfloat16().requires_grad_()
     targets = torch.tensor([0, 8, 3, 3])
-    logprobs = vocab_parallel_logprobs(logits, targets, 9, alone)
+    logprobs, _ = vocab_parallel_logprobs_and_entropy(logits, targets, 9, alone)
     assert logprobs.dtype == torch.float32
     truth = logits.detach().float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs.detach(), truth, rtol=0, atol=1e-6)

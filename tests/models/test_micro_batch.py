@@ -13,7 +13,7 @@ before_megatron_import()
 from megatron_prime.models.micro_batch import Grid, cut, make_micro_batch  # noqa: E402
 from megatron_prime.types import TokenSequence  # noqa: E402
 
-GRID = Grid(0, 1, 0, 1, 1, 1, equal=False, token_multiple=1, device=torch.device("cpu"))
+GRID = Grid(0, 1, 0, 1, stages=1, multiple=1, token_multiple=1, device=torch.device("cpu"))
 ROWS = [
     TokenSequence((11, 12, 13, 14, 15), 2),
     TokenSequence((21, 22), 1),
@@ -70,7 +70,7 @@ def test_a_pipeline_gets_packs_of_one_length_and_all_multiples_hold() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 60, (31,), generator=generator).tolist()
     rows = [TokenSequence(tuple(range(length)), 1) for length in lengths]
-    grid = replace(GRID, cp_size=2, token_multiple=16, equal=True, at_least=4)
+    grid = replace(GRID, cp_size=2, token_multiple=16, stages=4)
     batches = cut(rows, range(len(rows)), 200, grid)
     assert len(batches) >= 4
     (size,) = {batch.tokens.shape[1] for batch in batches}
@@ -83,7 +83,7 @@ def test_little_is_padding_on_ragged_lengths(stages: int) -> None:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.empty(128).log_normal_(5, 0.7, generator=generator).clamp(8, 1500)
     rows = [TokenSequence(tuple(range(int(length))), 1) for length in lengths]
-    grid = replace(GRID, at_least=stages, equal=stages > 1, token_multiple=8)
+    grid = replace(GRID, stages=stages, token_multiple=8)
     batches = cut(rows, range(len(rows)), 4096, grid)
     real = sum(len(row.token_ids) for row in rows)
     assert sum(batch.tokens.numel() for batch in batches) < 1.05 * real

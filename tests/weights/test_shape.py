@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_prime.config import ConfigError
+from megatron_prime.validate import MODEL_TYPES
 from megatron_prime.weights.shape import ModelShape, padded
 
 QWEN = {  # Qwen2.5-Math-7B, as transformers 4 writes it
@@ -107,6 +108,20 @@ LLAMA = {  # Llama-3.2-1B, as transformers 4 writes it
     "rope_scaling": LLAMA3,
     "max_position_embeddings": 131072,
 }
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_what_config_json_leaves_out_is_transformers_own(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    silent = {"model_type": family, "num_attention_heads": 32, "hidden_size": 2048}
+    keys = ("intermediate_size", "num_hidden_layers", "rms_norm_eps", "vocab_size")
+    silent |= {key: LLAMA[key] for key in (*keys, "max_position_embeddings")}
+    found, theirs = shape_of(tmp_path, **silent), AutoConfig.for_model(**silent)
+    assert found.num_kv_heads == theirs.num_key_value_heads
+    assert found.head_dim == getattr(theirs, "head_dim", None) or 2048 // 32
+    window = getattr(theirs, "sliding_window", None)
+    assert found.max_positions == min(theirs.max_position_embeddings, window or 10**9)
 
 
 def test_each_family_has_its_own_parts(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""From a checked configuration to the three models at their start; process groups must stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_prime.config import BatchSection, ModelName, RunConfig
+from megatron_prime.models.architecture import ModelShape, build_model
+from megatron_prime.models.engine import Engine
+from megatron_prime.models.guard import Guard
+from megatron_prime.models.policy import MegatronPolicy
+from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.reference import MegatronReference
+from megatron_prime.models.training import TrainableEngine
+from megatron_prime.weights.load import load_hf
+
+
+def policy_of(config: RunConfig) -> MegatronPolicy:
+    """The policy, at its start."""
+    engine = trained(config, "policy", config.policy, config.rollout.temperature)
+    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
+
+
+def prm_of(config: RunConfig) -> MegatronPrm:
+    """The PRM, at its start."""
+    engine = trained(config, "prm", config.prm, 1.0)
+    return MegatronPrm(engine, config.prm, Guard(config, "prm"))
+
+
+def reference_of(config: RunConfig) -> MegatronReference:
+    """The reference; its micro-batches are as large as the PRM's."""
+    chunks, shape = loaded(config, "reference")
+    engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
+    return MegatronReference(engine, Guard(config, "reference"))
+
+
+def trained(
+    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
+) -> TrainableEngine:
+    """A model with optimizer, from a Hugging Face checkpoint."""
+    chunks, shape = loaded(config, name)
+    steps, precision = config.run.steps, config.precision.of(name)
+    return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
+
+
+def hf_of(config: RunConfig, name: ModelName) -> Path:
+    """The checkpoint that a model starts from."""
+    return (config.prm.hf or config.model.hf) if name == "prm" else config.model.hf
+
+
+def loaded(config: RunConfig, name: ModelName) -> tuple[list[Any], ModelShape]:
+    """This rank's parts of a model."""
+    hf = hf_of(config, name)
+    shape = ModelShape.from_hf(hf, config.parallel.tp)
+    chunks = build_model(shape, config.precision.of(name), config.megatron)
+    load_hf(chunks, hf, shape)
+    return chunks, shape
