@@ -112,19 +112,14 @@ def sft(config: RunConfig, launch: Launch) -> None:
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
         kept, dropped = len(conversations.examples), conversations.dropped_long
         report_dropped(config.sft.data, kept, dropped, "sft.max_length")
-        shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
-        precision = config.precision.policy
-        chunks = build_model(shape, precision, config.megatron)
-        if config.sft.init == "pretrained":
-            load_hf(chunks, config.model.hf, shape)
-        engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
+        engine = sft_engine(config)
         with (
             RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder,
             launch.steps(agree=None),
         ):
             sft_stage.run(config, engine, conversations.examples, recorder)
         output = config.sft.output or config.run.folder / "hf"
-        export_hf(engine.modules, shape, config.model.hf, output)
+        export_hf(engine.modules, engine.shape, config.model.hf, output)
         if ranks.rank == 0:
             print(f"fine-tuned model: {output}")
 
@@ -211,6 +206,16 @@ def reference_of(config: RunConfig) -> MegatronReference:
     chunks, shape = loaded(config, "reference")
     engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
     return MegatronReference(engine, Guard(config, "reference"))
+
+
+def sft_engine(config: RunConfig) -> TrainableEngine:
+    """The model to be fine-tuned, at its start."""
+    shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
+    precision = config.precision.policy
+    chunks = build_model(shape, precision, config.megatron)
+    if config.sft.init == "pretrained":
+        load_hf(chunks, config.model.hf, shape)
+    return TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
 
 
 def rollout_roles(

@@ -24,9 +24,10 @@ from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.runtime.launch import Launch
+from megatron_prime.sft import FineTuning, loss_of
 from megatron_prime.types import ScoredBatch, TrainBatch
 
-Model = MegatronPolicy | MegatronPrm | MegatronReference
+Model = MegatronPolicy | MegatronPrm | MegatronReference | FineTuning
 
 
 def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
@@ -36,6 +37,7 @@ def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
         "policy": build.policy_of,
         "prm": build.prm_of,
         "reference": build.reference_of,
+        "sft": lambda config: FineTuning(build.sft_engine(config)),
     }
     with build.training_session(config, launch, "replay") as ranks, launch.steps(agree=None):
         model = make[kept.model](config)
@@ -65,8 +67,8 @@ def run_again(model: Model, kept: Kept) -> str:
     step = engine.train_step(rollouts.sequences, range(len(rollouts.sequences)), loss)
     if not step.updated:
         raise NotFinite(
-            f"gradients overflow at the loss scale {step.loss_scale:g}; a run would halve it and "
-            f"go on; replay with --precision.{kept.model}.initial_loss_scale=… for a smaller one"
+            f"gradients overflow at the loss scale {step.loss_scale:g}, which may still fall: a "
+            "run would skip this step and go on with a smaller one"
         )
     logprobs = _shown(step.logprobs, rollouts.response_mask)
     return f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, {logprobs}"
@@ -76,6 +78,8 @@ def _loss(model: Model, batch: Batch) -> Loss | None:
     """The update's loss on the whole batch; None if it broke while it was scored."""
     rollouts = rollouts_of(batch)
     part = MiniBatch.of(rollouts, torch.arange(len(rollouts.sequences)))
+    if isinstance(model, FineTuning):
+        return loss_of(rollouts.response_mask)
     if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
         return model.loss_of(batch, part)
     if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):

@@ -139,7 +139,7 @@ def load_batch(folder: Path) -> Kept:
     try:
         saved = torch.load(path, weights_only=True)
         return Kept(saved["model"], _rebuilt(saved["batch"]), saved["loss_scale"])
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise RunError(
             f"{path} is no batch that a run kept ({cause}); wanted a folder of a run's not_finite/"
