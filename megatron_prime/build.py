@@ -25,10 +25,9 @@ from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
 from megatron_prime.data.sft_data import load_conversations
-from megatron_prime.models.architecture import ModelShape, build_model, transformer_config
-from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of
+from megatron_prime.models.architecture import ModelShape, transformer_config
+from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
-from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Roles, RolloutEngine, Verifier
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.rollout.recorded import RecordedRollouts
@@ -43,7 +42,6 @@ from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.verify.worker import SUPPORTED_ABILITIES
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
-from megatron_prime.weights.load import load_hf
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 
 
@@ -106,19 +104,14 @@ def sft(config: RunConfig, launch: Launch) -> None:
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
         kept, dropped = len(conversations.examples), conversations.dropped_long
         report_dropped(config.sft.data, kept, dropped, "sft.max_length")
-        shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
-        precision = config.precision.policy
-        chunks = build_model(shape, precision, config.megatron)
-        if config.sft.init == "pretrained":
-            load_hf(chunks, config.model.hf, shape)
-        engine = TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
+        engine = sft_engine(config)
         with (
             RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder,
             launch.steps(agree=None),
         ):
             sft_stage.run(config, engine, conversations.examples, recorder)
         output = config.sft.output or config.run.folder / "hf"
-        export_hf(engine.modules, shape, config.model.hf, output)
+        export_hf(engine.modules, engine.shape, config.model.hf, output)
         if ranks.rank == 0:
             print(f"fine-tuned model: {output}")
 

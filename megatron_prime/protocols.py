@@ -127,6 +127,7 @@ class StopSignals(Protocol):
 class Trained(Protocol):
     """A model with its optimizer, as a checkpoint sees it."""
 
+    def broken_weights(self) -> list[str]: ...  # names of this rank's that are not finite
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.data.sft_data import SftExample
-from megatron_prime.models.engine import Forward
+from megatron_prime.models.engine import Forward, Loss
+from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, loss_scaling
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.protocols import Recorder
-from megatron_prime.types import TokenSequence
+from megatron_prime.types import RolloutBatch, TokenSequence
 
 
 def run(
@@ -29,19 +31,16 @@ def run(
     recorder: Recorder,
 ) -> None:
     """Take `sft.steps` optimizer steps over shuffled epochs of `examples`."""
+    guard = Guard(config, "sft")
     batches = shuffled(examples, config.sft.mini_batch_size, config.run.seed)
     for step in range(1, config.sft.steps + 1):
         started = time.perf_counter()
-        batch = next(batches)
-        sequences, mask = as_sequences(batch)
-        tokens = int(mask.sum())
-
-        def loss(forward: Forward, mask: Tensor = mask, tokens: int = tokens) -> Tensor:
-            (inside,) = MiniBatch.cut(forward, mask)
-            return -torch.where(inside, forward.logprobs, 0.0).sum() / tokens
-
+        batch = as_batch(next(batches))
+        sequences, rows = batch.sequences, torch.arange(len(batch.sequences))
         rate = engine.next_rate()
-        result = engine.train_step(sequences, range(len(sequences)), loss)
+        result = guard.train_step(engine, batch, rows, loss_of(batch.response_mask))
+        guard.end_update(0 if result is None else 1)
+        assert result is not None, "an update is one mini-batch: end_update stops if it is skipped"
         seconds = time.perf_counter() - started
         recorder.log(
             step,
@@ -54,6 +53,31 @@ def run(
                 **loss_scaling("sft", config.precision.policy, [result]),
             },
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuning:
+    """The model that learns, as `replay` sees it."""
+
+    engine: TrainableEngine
+
+
+def loss_of(mask: Tensor) -> Loss:
+    """A micro-batch's share of the mean negative log-likelihood of the tokens in `mask` [N, T]."""
+    tokens = int(mask.sum())
+
+    def loss(forward: Forward) -> Tensor:
+        (inside,) = MiniBatch.cut(forward, mask)
+        return -torch.where(inside, forward.logprobs, 0.0).sum() / tokens
+
+    return loss
+
+
+def as_batch(examples: Sequence[SftExample]) -> RolloutBatch:
+    """Conversations as a batch without rewards; its response mask is the loss mask."""
+    sequences, mask = as_sequences(examples)
+    nothing = torch.zeros(mask.shape)
+    return RolloutBatch(tuple(sequences), 1, mask, torch.zeros(len(mask)), nothing)
 
 
 def as_sequences(examples: Sequence[SftExample]) -> tuple[list[TokenSequence], Tensor]:

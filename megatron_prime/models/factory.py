@@ -35,6 +35,16 @@ def reference_of(config: RunConfig) -> MegatronReference:
     return MegatronReference(engine, Guard(config, "reference"))
 
 
+def sft_engine(config: RunConfig) -> TrainableEngine:
+    """The model to be fine-tuned, at its start."""
+    shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
+    precision = config.precision.policy
+    chunks = build_model(shape, precision, config.megatron)
+    if config.sft.init == "pretrained":
+        load_hf(chunks, config.model.hf, shape)
+    return TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
+
+
 def trained(
     config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
 ) -> TrainableEngine:

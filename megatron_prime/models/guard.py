@@ -5,12 +5,17 @@ Here the rows that broke, all that their loss needs, and the weights at that mom
 
     <run folder>/not_finite/<model>_<stage>_<n>/   batch.pt  config.toml  weights/
 
-so that `python -m megatron_prime replay <that folder>` runs them again. The weights are those of
-the model's own type, without the optimizer's state.
+so that `python -m megatron_prime replay <that folder>` runs them again, in any layout. The weights
+are a Hugging Face checkpoint in the model's own type: no optimizer, no history of FP8's scales.
+
+Such a folder is what people send with a report, so reading it must not run what it brings: weights
+are safetensors and batch.pt holds tensors, numbers, strings and lists, read by the loader that
+takes nothing else. (Megatron's checkpoints hold pickles.)
 """
 
 from __future__ import annotations
 
+import pickle
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +24,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_prime.config import RunConfig
 from megatron_prime.config_file import describe
-from megatron_prime.errors import NotFinite
+from megatron_prime.errors import NotFinite, RunError
 from megatron_prime.models.engine import Engine, Loss
 from megatron_prime.models.training import StepResult, TrainableEngine
-from megatron_prime.runtime.compat import megatron_calls, save_in_process
-from megatron_prime.types import Metrics, RolloutBatch, ScoredBatch, TrainBatch
+from megatron_prime.types import Metrics, RolloutBatch, ScoredBatch, TokenSequence, TrainBatch
+from megatron_prime.weights.export import export_hf
+from megatron_prime.weights.load import load_hf
 
 Batch = RolloutBatch | ScoredBatch | TrainBatch
 
@@ -40,8 +45,8 @@ class Guard:
     """Runs one model's forwards and steps, and keeps what broke."""
 
     config: RunConfig
-    model: str  # "policy", "prm" or "reference"
-    skipped: int = 0  # optimizer steps that were left out since the start of the process
+    model: str  # "policy", "prm", "reference" or "sft"
+    skipped: int = 0  # mini-batches of the present update that were left out
 
     def logprobs(self, engine: Engine, batch: RolloutBatch) -> Tensor:
         """`engine.logprobs`; raises NotFinite with the saved batch's path."""
@@ -51,7 +56,7 @@ class Guard:
             raise NotFinite(self._told(error, engine, "score", batch)) from error
 
     def train_step(
-        self, engine: TrainableEngine, batch: ScoredBatch | TrainBatch, rows: Tensor, loss: Loss
+        self, engine: TrainableEngine, batch: Batch, rows: Tensor, loss: Loss
     ) -> StepResult | None:
         """`engine.train_step` on `rows`; None when it broke and `debug.on_not_finite` skips it.
 
@@ -68,11 +73,21 @@ class Guard:
                 print(f"{self.model}: skipped a mini-batch: {told}", file=sys.stderr, flush=True)
             return None
 
-    def figures(self) -> Metrics:
-        """How many steps were skipped so far, if skipping is on."""
+    def end_update(self, steps: int) -> Metrics:
+        """How many mini-batches the update skipped, beside `steps` that it took.
+
+        Nothing if skipping is off; NotFinite if all were skipped, or a run could do so for ever.
+        """
         if self.config.debug.on_not_finite == "stop":
             return {}
-        return {f"{self.model}/not_finite_steps": self.skipped}
+        skipped, self.skipped = self.skipped, 0
+        if steps == 0:
+            raise NotFinite(
+                f"{self.model}: all {skipped} mini-batches of an update were skipped, so it learns "
+                f"nothing any more; look at one with python -m megatron_prime replay (the folders "
+                f"in {self.config.run.folder / 'not_finite'}), or start again with a lower lr"
+            )
+        return {f"{self.model}/not_finite_steps": skipped}
 
     def _told(self, error: NotFinite, engine: Engine, stage: str, batch: Batch) -> str:
         parent = self.config.run.folder / "not_finite"
@@ -92,29 +107,70 @@ def rollouts_of(batch: Batch) -> RolloutBatch:
     return batch.rollouts if isinstance(batch, ScoredBatch) else batch
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What broke."""
+
+    model: str
+    batch: Batch
+    loss_scale: float | None  # of a model whose loss scale adapts
+
+
 def save(folder: Path, config: RunConfig, model: str, engine: Engine, batch: Batch) -> None:
     """Write what `replay` needs; collective."""
+    scale = engine.loss_scale if isinstance(engine, TrainableEngine) else None
     if dist.get_rank() == 0:
-        (folder / "weights").mkdir(parents=True)
-        torch.save({"model": model, "batch": batch}, folder / "batch.pt")
+        folder.mkdir(parents=True)
+        saved = {"model": model, "loss_scale": scale, "batch": _plain(batch)}
+        torch.save(saved, folder / "batch.pt")
         (folder / "config.toml").write_text(describe(config) + "\n")
-    dist.barrier()
-    save_in_process()
-    with megatron_calls():
-        dist_checkpointing.save(engine.sharded_weights(), str(folder / "weights"))
+    source = (config.prm.hf if model == "prm" else None) or config.model.hf
+    export_hf(engine.modules, engine.shape, source, folder / "weights")
 
 
 def load_weights(engine: Engine, folder: Path) -> None:
-    """The weights that `save` wrote, in any layout; collective."""
-    with megatron_calls():
-        wanted = engine.sharded_weights()
-        engine.load_weights(dist_checkpointing.load(wanted, str(folder / "weights")))
+    """The weights that `save` wrote, in any layout."""
+    load_hf(engine.modules, folder / "weights", engine.shape)
 
 
-def load_batch(folder: Path) -> tuple[str, Batch]:
-    """The model's name and the rows that broke."""
-    saved = torch.load(folder / "batch.pt", weights_only=False)
-    return saved["model"], saved["batch"]
+def load_batch(folder: Path) -> Kept:
+    """The rows that broke; RunError if the file is anything else."""
+    path = folder / "batch.pt"
+    try:
+        saved = torch.load(path, weights_only=True)
+        return Kept(saved["model"], _rebuilt(saved["batch"]), saved["loss_scale"])
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise RunError(
+            f"{path} is no batch that a run kept ({cause}); wanted a folder of a run's not_finite/"
+        ) from error
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    """A batch as tensors, numbers and lists."""
+    if isinstance(batch, TrainBatch):
+        rest = {"process_rewards": batch.process_rewards, "advantages": batch.advantages}
+        return {"scored": _plain(batch.scored), **rest}
+    if isinstance(batch, ScoredBatch):
+        rest = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
+        return {"rollouts": _plain(batch.rollouts), **rest}
+    return {
+        "sequences": [[list(s.token_ids), s.prompt_length] for s in batch.sequences],
+        "group_size": batch.group_size,
+        "response_mask": batch.response_mask,
+        "outcome_rewards": batch.outcome_rewards,
+        "rollout_logprobs": batch.rollout_logprobs,
+    }
+
+
+def _rebuilt(saved: dict[str, Any]) -> Any:
+    """The batch that `_plain` took apart."""
+    if "scored" in saved:
+        return TrainBatch(**{**saved, "scored": _rebuilt(saved["scored"])})
+    if "rollouts" in saved:
+        return ScoredBatch(**{**saved, "rollouts": _rebuilt(saved["rollouts"])})
+    sequences = tuple(TokenSequence(tuple(ids), prompt) for ids, prompt in saved["sequences"])
+    return RolloutBatch(**{**saved, "sequences": sequences})
 
 
 class Tracer:

@@ -51,7 +51,7 @@ class MegatronPolicy:
                 metrics.append((part, self._metrics(batch, rows, step)))
         self.version += any(step.updated for step in steps)
         scaling = loss_scaling("policy", self.engine.precision, steps)
-        return combine(metrics) | {"policy/lr": rate} | scaling | self.guard.figures()
+        return combine(metrics) | {"policy/lr": rate} | scaling | self.guard.end_update(len(steps))
 
     def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""

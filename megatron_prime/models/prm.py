@@ -46,29 +46,31 @@ class MegatronPrm:
         forward_logprobs = torch.zeros(rollouts.response_mask.shape)
         metrics, steps = [], []
         mini_batches = torch.arange(len(rollouts.sequences)).split(self.knobs.mini_batch_size)
-        without = self._logprobs_without_fp8(rollouts, mini_batches[0])
-        for rows in mini_batches:
+        without = self._logprobs_without_fp8(rollouts.select(mini_batches[0]))
+        error: Metrics = {}
+        for number, rows in enumerate(mini_batches):
             part = MiniBatch.of(rollouts, rows)
             loss = self.loss_of(batch, part)
             step = self.guard.train_step(self.engine, batch, rows, loss)
-            if step is None:  # a log-ratio of 0 rewards nothing
-                forward_logprobs[rows] = batch.ref_logprobs[rows]
+            if step is None:  # skipped: no weight changed, so a forward gives the same
+                found = self.guard.logprobs(self.engine, rollouts.select(rows))
+                forward_logprobs[rows, : found.shape[1]] = found
                 continue
             steps.append(step)
             forward_logprobs[rows] = step.logprobs[rows]
             metrics.append((part, {"prm/loss": step.loss, "prm/grad_norm": step.grad_norm}))
-        figures = combine(metrics) | {"prm/lr": rate}
-        figures |= loss_scaling("prm", self.engine.precision, steps) | self.guard.figures()
-        if without is not None:
-            figures |= fp8_error(forward_logprobs, without, rollouts, mini_batches[0])
-        return PrmUpdate(forward_logprobs, figures)
+            if number == 0 and without is not None:
+                error = fp8_error(step.logprobs, without, rollouts, rows)
+        figures = combine(metrics) | {"prm/lr": rate} | error
+        figures |= loss_scaling("prm", self.engine.precision, steps)
+        return PrmUpdate(forward_logprobs, figures | self.guard.end_update(len(steps)))
 
-    def _logprobs_without_fp8(self, rollouts: RolloutBatch, rows: Tensor) -> Tensor | None:
-        """What bf16 products would make of `rows`: float32 [n, T']; None where nothing is FP8."""
+    def _logprobs_without_fp8(self, rollouts: RolloutBatch) -> Tensor | None:
+        """What bf16 products would make of `rollouts`: float32 [n, T']; None without FP8."""
         if self.engine.precision.fp8 is None:
             return None
         with without_fp8(*self.engine.modules):
-            return self.engine.logprobs([rollouts.sequences[row] for row in rows.tolist()])
+            return self.guard.logprobs(self.engine, rollouts)
 
     def loss_of(self, batch: ScoredBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""

@@ -8,7 +8,7 @@ finite stops the step on every rank before any weight changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ class TrainableEngine(Engine):
         logprobs, entropy, value = self._assemble(outputs, sequences)
         forward_is_finite = math.isfinite(value) and bool(logprobs.isfinite().all())
         scale = float(self.optimizer.get_loss_scale())
-        if not forward_is_finite or not (self._can_skip(scale) or self._gradients_are_finite()):
+        if not forward_is_finite or not (self._can_skip() or self._gradients_are_finite()):
             found = broken_rows(outputs) + self._broken_gradients()
             raise NotFinite(
                 f"a mini-batch of {len(rows)} rollouts gave numbers that are not finite (loss "
@@ -128,10 +128,21 @@ class TrainableEngine(Engine):
         norm = math.nan if grad_norm is None else float(grad_norm)
         return StepResult(bool(updated), value, norm, logprobs, entropy, scale)
 
-    def _can_skip(self, scale: float) -> bool:
-        """Whether an overflow may be the loss scale's fault, which the optimizer then lowers."""
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by now, where that adapts itself; None elsewhere."""
         adapts = self.precision.dtype == "fp16" and self.precision.loss_scale is None
-        return adapts and scale > self.precision.min_loss_scale
+        return float(self.optimizer.get_loss_scale()) if adapts else None
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Go on with `scale`. Only for an engine whose `loss_scale` is not None."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            part.get_loss_scale().fill_(scale)  # the scaler's own tensor
+
+    def _can_skip(self) -> bool:
+        """Whether an overflow may be the loss scale's fault, which the optimizer then lowers."""
+        scale = self.loss_scale
+        return scale is not None and scale > self.precision.min_loss_scale
 
     def _gradients_are_finite(self) -> bool:
         """The same answer on every rank."""
@@ -145,10 +156,17 @@ class TrainableEngine(Engine):
     def _broken_gradients(self) -> list[str]:
         return [
             f"gradient of {name}"
-            for i, module in enumerate(self.modules)
-            for name, parameter in module.named_parameters(f"chunk{i}" if i else "")
+            for name, parameter in self._parameters()
             if parameter.requires_grad and not parameter.main_grad.isfinite().all()
         ]
+
+    def broken_weights(self) -> list[str]:
+        """This rank's weights that are not finite: a rate too large, or beyond fp16's range."""
+        return [name for name, weight in self._parameters() if not weight.isfinite().all()]
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        for i, module in enumerate(self.modules):
+            yield from module.named_parameters(f"chunk{i}" if i else "")
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         """Everything of this engine that a checkpoint keeps, for Megatron's dist_checkpointing."""

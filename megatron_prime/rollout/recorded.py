@@ -2,7 +2,8 @@
 
 For looking at training alone: the same rollouts again and again, without a rollout engine. They
 count as the present policy's, so with rollouts of several steps everything but the first step is
-off-policy; `policy/approx_kl` and `rollout/mismatch_kl` say by how much.
+off-policy. `rollout/mismatch_kl` says by how much: the recorded log-probs are the old policy's.
+`policy/approx_kl` does not, for its old log-probs are the present policy's, as in any run.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ class RecordedRollouts:
         """Nothing: what was put back when it was recorded comes again further on, sampled anew."""
 
     def state_dict(self) -> dict[str, Any]:
-        """How many groups are left."""
-        return {"left": len(self._waiting)}
+        """How many groups were taken."""
+        return {"taken": len(self._groups) - len(self._waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where as many were left."""
-        self._waiting = deque(self._groups[len(self._groups) - state["left"] :])
+        """Go on after as many; groups of later steps may have come to the folder since."""
+        self._waiting = deque(self._groups[state["taken"] :])
 
     def load_weights(self, weights: Iterable[Any], version: int) -> None:
         """Take no weights, but run through them: their making is collective."""

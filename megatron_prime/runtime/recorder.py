@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +42,16 @@ class RunRecorder:
     ) -> None:
         """Write into `folder`; `resume_step` steps are done already, 0 starts afresh.
 
-        A fresh start moves an older metrics.jsonl to metrics.previous.jsonl. Raises MetricsError if
-        the file to be continued is damaged.
+        A fresh start moves an older metrics.jsonl to metrics.previous.jsonl and, if it saves its
+        rollouts, older ones to rollouts.previous. Raises MetricsError if the file to be continued
+        is damaged.
         """
         self._last_step = resume_step or -1
         self._total_steps = total_steps
         self._outputs = Outputs(folder, total_steps, resume_step) if rank == 0 else None
         self._rollouts = folder / "rollouts" if save_rollouts and rank == 0 else None
+        if self._rollouts and resume_step == 0:
+            set_aside(self._rollouts)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record a step's figures; without any, nothing is written.
@@ -180,6 +184,15 @@ def continue_metrics(path: Path, resume_step: int) -> None:
     shorter = path.with_name("metrics.jsonl.part")
     shorter.write_text("".join(f"{line}\n" for line in kept))
     shorter.replace(path)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename `folder`, if there is one, to `<its name>.previous`, in place of one before."""
+    if folder.exists():
+        previous = folder.with_name(f"{folder.name}.previous")
+        if previous.exists():
+            shutil.rmtree(previous)
+        folder.rename(previous)
 
 
 def _step_of(line: str, path: Path) -> int:

@@ -22,10 +22,12 @@ class RolloutFileError(RunError, ValueError):
 
 
 def write_step(folder: Path, step: int, groups: Sequence[VerifiedGroup]) -> None:
-    """Write the groups of `step`, in place of what was there."""
+    """Write the groups of `step`, in place of what was there; never half a file of that name."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.jsonl"
-    path.write_bytes(b"".join(_GROUP.dump_json(group) + b"\n" for group in groups))
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_bytes(b"".join(_GROUP.dump_json(group) + b"\n" for group in groups))
+    unfinished.replace(path)
 
 
 def read_steps(folder: Path) -> Iterator[VerifiedGroup]:

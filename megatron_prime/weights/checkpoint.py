@@ -14,18 +14,14 @@ shows that before anything is loaded. Weights and optimizer may be loaded by ano
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,7 +30,7 @@ from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls, save_in_process
 from megatron_prime.types import LoopState
-from megatron_prime.weights import manifest
+from megatron_prime.weights import manifest, random_states
 from megatron_prime.weights.manifest import Damage
 
 _LOOP_STATE = TypeAdapter(LoopState)
@@ -87,8 +83,10 @@ class RunCheckpoints:
     def save(self, state: LoopState) -> None:
         """Write the checkpoint of `state.step`; collective. Earlier ones stay if it fails.
 
-        Raises CheckpointError with the cause: a full disk, a quota, missing rights.
+        Raises CheckpointError with the cause: a full disk, a quota, missing rights; and, before
+        anything is written, when a weight is not finite.
         """
+        self._refuse_broken_weights(state.step)
         final = self.folder / f"step_{state.step:06d}"
         temporary = self.folder / f"writing_{final.name}"
         try:
@@ -111,6 +109,25 @@ class RunCheckpoints:
                 shutil.rmtree(doomed)
         dist.barrier()
 
+    def _refuse_broken_weights(self, step: int) -> None:
+        """A finite gradient may make an infinite weight, and its checkpoint replace a good one."""
+        mine = [
+            f"{tensor} of {name}"
+            for name, engine in self.engines.items()
+            for tensor in engine.broken_weights()
+        ]
+        found: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        if not any(found):
+            return
+        rank, names = next((rank, names) for rank, names in enumerate(found) if names)
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise CheckpointError(
+            f"step {step} is not saved: weights are NaN or infinite (rank {rank}: {names[0]}{more})"
+            f"; checkpoints of before stay in {self.folder}; the lr is too high, or the range of "
+            "precision.….dtype too small: start again with others in another run.folder"
+        )
+
     def _write(self, temporary: Path, state: LoopState) -> None:
         rank = dist.get_rank()
         if rank == 0:
@@ -123,7 +140,7 @@ class RunCheckpoints:
             with megatron_calls():
                 sharded = engine.sharded_state_dict(is_loading=False)
                 dist_checkpointing.save(sharded, str(temporary / name))
-        torch.save(_rng_state(), temporary / "rng" / f"rank_{rank:05d}.pt")
+        random_states.save(temporary / "rng" / f"rank_{rank:05d}.pt")
         if rank == 0:
             (temporary / "run.json").write_text(json.dumps(self._run_state(state)))
         mine = {
@@ -157,7 +174,7 @@ class RunCheckpoints:
                     engine.load_state_dict(dist_checkpointing.load(wanted, newest / name))
             rng = newest / "rng" / f"rank_{dist.get_rank():05d}.pt"
             if saved["world_size"] == dist.get_world_size():  # another layout starts new streams
-                _restore_rng(torch.load(rng, weights_only=False))
+                random_states.restore(rng)
             self.policy.version = saved["policy_version"]
             self.prompts.load_state_dict(saved["prompts"])
             return _LOOP_STATE.validate_python(saved["loop"])
@@ -275,22 +292,3 @@ def _first_cause(error: BaseException) -> str:
         rank, (error, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_first_cause(error)}"
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -151,7 +151,10 @@ class Cases:
 
     def refused(self) -> dict[str, tuple[str, bool]]:
         """Overflows that no smaller scale can mend: the error, and whether weights stayed."""
+        lowered = self.engine(min_loss_scale=4.0)
+        lowered.set_loss_scale(4.0)  # as a replay does
         cases = {
+            "lowered": (lowered, HUGE),
             "smallest": (self.engine(initial_loss_scale=4.0, min_loss_scale=4.0), HUGE),
             "fixed": (self.engine(loss_scale=64.0), HUGE),
             "nan": (self.engine(), float("nan")),

@@ -71,7 +71,7 @@ def test_the_scale_comes_back_from_a_checkpoint(found: dict[str, Any]) -> None:
     assert found["overflow"]["same_after_resume"]
 
 
-@pytest.mark.parametrize("case", ["smallest", "fixed", "nan"])
+@pytest.mark.parametrize("case", ["lowered", "smallest", "fixed", "nan"])
 def test_what_no_smaller_scale_can_mend_stops_the_run(found: dict[str, Any], case: str) -> None:
     error, unchanged = found["refused"][case]
     assert "no weight was changed" in error

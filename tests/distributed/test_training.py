@@ -265,8 +265,9 @@ def test_a_skipped_batch_is_kept_for_replay(
     found: dict[str, Any], truths: dict[str, Any], name: str
 ) -> None:
     skipped = found["skipped"]
-    assert skipped["steps"] == [None] * 4
-    assert skipped["figures"] == {"prm/not_finite_steps": 4}
+    assert skipped["steps"] == [None] * 5
+    assert skipped["all_skipped"].startswith("prm: all 4 mini-batches of an update were skipped")
+    assert skipped["figures"] == {"prm/not_finite_steps": 1}, "of the update after that"
     assert skipped["saved"] == ["prm_update_0", "prm_update_1", "prm_update_2"], "and no more"
     assert skipped["model"] == "prm"
     wanted = [make_job()["sequences"][row] for row in (3, 1, 2, 5)]

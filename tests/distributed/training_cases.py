@@ -113,7 +113,7 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
         "bf16_metrics": [update.metrics for update in half_updates],
         "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},
         "broken": broken_step(halves, rollouts),
-        "skipped": skipped_step(prm_engine, scored, hf_dir / f"broken-{sizes}"),
+        "skipped": skipped_step(prm_engine, scored, hf_dir, f"broken-{sizes}"),
     }
 
 
@@ -132,13 +132,16 @@ def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, b
     return "no error", False
 
 
-def skipped_step(engine: TrainableEngine, scored: ScoredBatch, folder: Path) -> dict[str, Any]:
+def skipped_step(
+    engine: TrainableEngine, scored: ScoredBatch, hf_dir: Path, name: str
+) -> dict[str, Any]:
     """A step that a guard skips: what it kept, and whether a model takes it over again."""
 
     def loss(forward: Forward) -> torch.Tensor:
         return forward.logprobs.sum() * math.nan
 
-    keeper, rows = guard(folder, "prm", on_not_finite="skip"), torch.tensor([3, 1, 2, 5])
+    folder, rows = hf_dir / name, torch.tensor([3, 1, 2, 5])
+    keeper = guard(folder, "prm", hf_dir, on_not_finite="skip")
     steps = [keeper.train_step(engine, scored, rows, loss) for _ in range(KEPT + 1)]
     before = [p.detach().clone() for module in engine.modules for p in module.parameters()]
     for module in engine.modules:
@@ -147,14 +150,20 @@ def skipped_step(engine: TrainableEngine, scored: ScoredBatch, folder: Path) -> 
     saved = sorted((folder / "not_finite").iterdir())
     load_weights(engine, saved[0])
     after = [p for module in engine.modules for p in module.parameters()]
-    name, batch = load_batch(saved[0])
+    kept = load_batch(saved[0])
+    try:
+        all_skipped = str(keeper.end_update(0))
+    except NotFinite as error:
+        all_skipped = str(error)
+    steps.append(keeper.train_step(engine, scored, rows, loss))
     return {
         "steps": steps,
-        "figures": keeper.figures(),
+        "all_skipped": all_skipped,
+        "figures": keeper.end_update(1),
         "saved": [path.name for path in saved],
-        "model": name,
-        "sequences": rollouts_of(batch).sequences,
-        "ref": batch.ref_logprobs,
+        "model": kept.model,
+        "sequences": rollouts_of(kept.batch).sequences,
+        "ref": kept.batch.ref_logprobs,
         "restored": all(torch.equal(a, b) for a, b in zip(after, before, strict=True)),
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from job import ROOT, Job, layout, reproducible
+from launch import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 ALONE = layout(tp=1, pp=1)
@@ -70,19 +71,51 @@ def mean_reward(groups: list[dict[str, Any]]) -> Any:
     return pytest.approx(sum(rewards) / len(rewards))
 
 
-def test_a_nan_stops_the_run_and_is_replayed(job: Job) -> None:
-    found = run("train", *job.arguments("nan", *ALONE, "--prm.lr=1e30", "--run.steps=2"))
-    assert found.returncode == 1
+@pytest.fixture(scope="module")
+def broken(job: Job) -> subprocess.CompletedProcess[str]:
+    """A run whose PRM's second update is not finite."""
+    return run("train", *job.arguments("nan", *ALONE, "--prm.lr=1e30", "--run.steps=2"))
+
+
+def test_a_nan_stops_the_run_and_is_replayed(
+    job: Job, broken: subprocess.CompletedProcess[str]
+) -> None:
+    assert broken.returncode == 1
     kept = job.run("nan") / "not_finite" / "prm_update_0"
-    assert "numbers that are not finite" in found.stderr
-    assert "rank 0: " in found.stderr
-    assert f"python -m megatron_prime replay {kept}" in found.stderr
+    assert "numbers that are not finite" in broken.stderr
+    assert "rank 0: " in broken.stderr
+    assert f"python -m megatron_prime replay {kept}" in broken.stderr
     assert not (job.run("nan") / "checkpoints").exists() or not list(
         (job.run("nan") / "checkpoints").glob("step_*")
     )
     again = run("replay", kept)
     assert again.returncode == 1
     assert "first outputs that are not finite:\nrank 0: output of decoder.layers.0" in again.stderr
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_nan_is_replayed_in_another_layout_and_type(job: Job) -> None:
+    kept = job.run("nan") / "not_finite" / "prm_update_0"
+    knobs = ("--megatron.tensor_model_parallel_size=2", "--precision.prm.dtype=bf16")
+    with pytest.raises(AssertionError) as again:  # with the output of both ranks
+        run_ranks("megatron_prime", 2, ["replay", kept, *knobs])
+    output = str(again.value)
+    assert "first outputs that are not finite:" in output
+    for rank in (0, 1):
+        assert f"rank {rank}: output of decoder.layers.0" in output
+
+
+def test_a_nan_in_fine_tuning_is_kept_and_replayed(job: Job) -> None:
+    knobs = (f"--model.hf={job.folder / 'shape'}", "--sft.lr=1e30", "--debug.on_not_finite=skip")
+    knobs += (f"--sft.output={job.folder / 'sft_nan_hf'}", "--sft.warmup_steps=0")
+    found = run("sft", *job.arguments("sft_nan", *ALONE, *knobs))
+    assert found.returncode == 1
+    assert "sft: all 1 mini-batches of an update were skipped" in found.stderr
+    kept = job.run("sft_nan") / "not_finite" / "sft_update_0"
+    again = run("replay", kept)
+    assert again.returncode == 1
+    assert "a mini-batch of 32 rollouts gave numbers that are not finite" in again.stderr
+    assert "first outputs that are not finite:\nrank 0: output of " in again.stderr
 
 
 def test_replaying_something_else_is_refused(tmp_path: Path) -> None:

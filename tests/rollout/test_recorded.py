@@ -69,3 +69,12 @@ def test_a_resumed_run_goes_on_where_it_was(folder: Path) -> None:
     first.take(3)
     second.load_state_dict(first.state_dict())
     assert [prompt.prompt_id for prompt in second.take(3)] == [1, 5, 6]
+
+
+def test_what_was_recorded_between_stop_and_resume_comes_in_its_turn(folder: Path) -> None:
+    first = RecordedRollouts(folder, 0, 1)
+    first.take(3)
+    write_step(folder, 3, [group(n) for n in (7, 8)])
+    resumed = RecordedRollouts(folder, 0, 1)
+    resumed.load_state_dict(first.state_dict())
+    assert [prompt.prompt_id for prompt in resumed.take(4)] == [1, 5, 6, 7]

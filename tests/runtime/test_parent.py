@@ -75,3 +75,22 @@ def test_forks_of_forks_die_with_a_killed_process() -> None:
     for fork in alive:
         fork.kill()
     assert not alive
+
+
+ORPHAN = """
+import os
+from megatron_prime.runtime.parent import fork_dies_with
+
+os.register_at_fork(after_in_child=lambda: fork_dies_with(1 << 30))
+child = os.fork()
+if child == 0:
+    print("the child lives on", flush=True)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_whose_parent_is_another_ends_in_its_hook() -> None:
+    ended = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True)
+    assert ended.stdout == "1\n"
+    assert ended.stderr == f"parent {1 << 30} is gone\n"

@@ -88,6 +88,29 @@ def test_a_fresh_start_puts_the_old_file_aside(tmp_path):
     assert len(previous) == 4
 
 
+def saved_rollouts(folder, step, resume_step=0, save_rollouts=True):
+    knobs = {"resume_step": resume_step, "save_rollouts": save_rollouts}
+    with RunRecorder(folder, 100, rank=0, **knobs) as recorder:
+        recorder.rollouts(step, [])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_fresh_start_puts_the_rollouts_of_an_older_run_aside(tmp_path):
+    saved_rollouts(tmp_path, 7)
+    saved_rollouts(tmp_path, 8, resume_step=7)
+    assert names(tmp_path / "rollouts") == ["step_000007.jsonl", "step_000008.jsonl"]
+    saved_rollouts(tmp_path, 1, save_rollouts=False)
+    assert names(tmp_path / "rollouts") == ["step_000007.jsonl", "step_000008.jsonl"]
+    saved_rollouts(tmp_path, 1)
+    assert names(tmp_path / "rollouts") == ["step_000001.jsonl"]
+    assert names(tmp_path / "rollouts.previous") == ["step_000007.jsonl", "step_000008.jsonl"]
+    saved_rollouts(tmp_path, 2)
+    assert names(tmp_path / "rollouts.previous") == ["step_000001.jsonl"]
+
+
 def test_a_step_is_logged_once(tmp_path):
     with RunRecorder(tmp_path, 10, rank=0) as recorder:
         recorder.log(0, METRICS)

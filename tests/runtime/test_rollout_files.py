@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,20 @@ def test_an_empty_folder_and_a_cut_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RolloutFileError, match=r"step_000001.jsonl, line 2: not a verified group"):
         list(read_steps(tmp_path))
+
+
+def test_a_file_whose_writing_failed_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+    """The name appears only with the whole content; half of one under another is not read."""
+
+    def no_space(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:30])
+        raise OSError("no space left")
+
+    write_step(tmp_path, 1, [group(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", no_space)
+        for step in (1, 2):
+            with pytest.raises(OSError, match="no space"):
+                write_step(tmp_path, step, [group(2)])
+    assert list(read_steps(tmp_path)) == [group(1)]

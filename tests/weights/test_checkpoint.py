@@ -54,6 +54,9 @@ class Engine:
     def __init__(self, value: float) -> None:
         self.weight, self.steps = torch.full((4, 3), value), int(value)
 
+    def broken_weights(self) -> list[str]:
+        return [] if self.weight.isfinite().all() else ["weight"]
+
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         weight = ShardedTensor.from_rank_offsets("weight", self.weight, replica_id=0)
         return {"model": {"weight": weight}, "schedule": {"steps": self.steps}}
@@ -198,6 +201,24 @@ def test_saving_leaves_no_process_behind(tmp_path: Path) -> None:
     Run(tmp_path).checkpoints.save(LoopState(1))
     commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert [command for command in commands if "multiprocessing" in command] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_not_saved_and_cost_no_good_checkpoint(
+    saved: Path, value: float
+) -> None:
+    before = contents(saved.parent)
+    run = Run(saved.parents[1], 3, checkpoint={"keep": 1})
+    run.prm.weight[1, 2] = value
+    with pytest.raises(CheckpointError, match=r"^step 3 is not saved: .*rank 0: weight of prm\)"):
+        run.checkpoints.save(LoopState(3))
+    assert contents(saved.parent) == before
+    assert steps_in(saved.parents[1]) == ["step_000001", "step_000002"]
+
+
+def test_random_states_hold_no_pickled_objects(saved: Path) -> None:
+    states = torch.load(saved / "rng" / "rank_00000.pt", weights_only=True)
+    assert {"python", "numpy", "torch"} <= states.keys()
 
 
 def flip(path: Path) -> None:
