@@ -61,6 +61,7 @@ def main(folder: Path) -> None:
             "overflow": cases.overflow(),
             "refused": cases.refused(),
             "policy": cases.skipped_policy_update(),
+            "broken_weights": cases.broken_weights(),
         }
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{layout}.pt")
@@ -169,6 +170,15 @@ class Cases:
                 error = str(raised)
             found[name] = (error, same(before, self.weights(engine)))
         return found
+
+    def broken_weights(self) -> tuple[list[str], bool, list[str]]:
+        """Names before and after a finite step whose weights are beyond fp16's range."""
+        precision = PrecisionOptions(dtype="fp16")
+        knobs = self.prm.model_copy(update={"lr": 1e8})
+        model = self.model(precision)
+        engine = TrainableEngine(model, self.shape, knobs, 1.0, UPDATES, precision)
+        before = engine.broken_weights()
+        return before, self.step(engine).updated, engine.broken_weights()
 
     def skipped_policy_update(self) -> dict[str, Any]:
         """A policy whose every step overflows keeps its version; one good update raises it."""

@@ -78,6 +78,12 @@ def test_what_no_smaller_scale_can_mend_stops_the_run(found: dict[str, Any], cas
     assert unchanged
 
 
+def test_infinite_weights_of_a_finite_step_are_named(found: dict[str, Any]) -> None:
+    before, updated, after = found["broken_weights"]
+    assert (before, updated) == ([], True)
+    assert "embedding.word_embeddings.weight" in after
+
+
 def test_a_policy_that_only_skipped_keeps_its_version(found: dict[str, Any]) -> None:
     skipped, good = found["policy"]["skipped"], found["policy"]["good"]
     assert found["policy"]["versions"] == (0, 1)
