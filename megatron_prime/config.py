@@ -330,8 +330,9 @@ class DebugSection(Section):
     """Looking for what went wrong."""
 
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinity in an update does: `stop` the run, or `skip` that mini-batch. Either
-    saves the first such batches for `python -m megatron_prime replay`."""
+    """What a NaN or infinity in an update does: `stop` the run, or `skip` that mini-batch. One
+    found while scoring, or in all mini-batches of an update, always stops it. The first such
+    batches are kept for `python -m megatron_prime replay`."""
     save_rollouts: bool = False
     """Write every verified group to `rollouts/` in the run folder."""
     rollouts_from: FilePath | None = None

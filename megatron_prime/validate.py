@@ -62,6 +62,8 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     recorded = config.debug.rollouts_from
     if recorded is not None and not recorded.is_dir():
         yield f"debug.rollouts_from: no folder {recorded}; wanted a run's rollouts/"
+    if recorded is not None and recorded.resolve() == (config.run.folder / "rollouts").resolve():
+        yield "debug.rollouts_from: found this run's own rollouts/; take another run.folder"
     if config.advantage.estimator == "rloo" and rollout.group_size < 2:
         yield (
             f"rollout.group_size: found {rollout.group_size}, wanted 2 or more: "

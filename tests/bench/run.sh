@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints a Markdown table of all benchmarks, for docs/benchmarks.md; about six minutes when the
+# Prints a Markdown table of all benchmarks, for docs/benchmarks.md; about nine minutes when the
 # machine does nothing else. Everything runs on the same two cores, with two threads.
 #
 #   bash tests/bench/run.sh > table.md
