@@ -14,9 +14,8 @@ from typing import Any
 
 from megatron_prime import precision_rules
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
+from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
-# What `weights/names.py` has a map of names for: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 CP, VPP = "context_parallel_size", "virtual_pipeline_model_parallel_size"
 
@@ -59,11 +58,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _file("data.train", config.data.train)
     if config.data.eval is not None:
         yield from _file("data.eval", config.data.eval)
-    recorded = config.debug.rollouts_from
-    if recorded is not None and not recorded.is_dir():
-        yield f"debug.rollouts_from: no folder {recorded}; wanted a run's rollouts/"
-    if recorded is not None and recorded.resolve() == (config.run.folder / "rollouts").resolve():
-        yield "debug.rollouts_from: found this run's own rollouts/; take another run.folder"
+    yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
     if config.advantage.estimator == "rloo" and rollout.group_size < 2:
         yield (
             f"rollout.group_size: found {rollout.group_size}, wanted 2 or more: "
@@ -86,6 +81,11 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
             yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
+
+
+def _recorded(played: Path | None, own: Path) -> Iterator[str]:
+    if played is not None and (not played.is_dir() or played.resolve() == own.resolve()):
+        yield f"debug.rollouts_from: found {played}, wanted the rollouts/ folder of another run"
 
 
 def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -201,33 +201,6 @@ def _model(
             f"{_sum(lengths)} tokens, more than the {room} of max_position_embeddings or "
             f"sliding_window of {knob}; lower it"
         )
-
-
-# What transformers takes where config.json is silent; a null in it is an answer.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
-}
-
-
-def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of a family in MODEL_TYPES with what it leaves out."""
-    whole = {**_DEFAULTS[model["model_type"]], **model}
-    heads = whole.get("num_attention_heads")
-    if heads and not whole.get("num_key_value_heads"):
-        whole["num_key_value_heads"] = heads
-    if heads and "hidden_size" in whole and not whole.get("head_dim"):
-        whole["head_dim"] = whole["hidden_size"] // heads
-    return whole
-
-
-def max_positions(model: dict[str, Any]) -> int:
-    """The longest sequence that the model of this config.json, `with_defaults`, attends to as a
-    whole: up to its length a sliding window hides nothing."""
-    window = model.get("sliding_window") if model.get("use_sliding_window") else None
-    return int(min(model["max_position_embeddings"], window or model["max_position_embeddings"]))
 
 
 def _longest(config: RunConfig) -> dict[str, int]:

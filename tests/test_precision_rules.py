@@ -4,7 +4,7 @@ import pytest
 
 from megatron_prime import precision_rules
 from megatron_prime.config import PrecisionOptions
-from megatron_prime.validate import with_defaults
+from megatron_prime.families import with_defaults
 
 # On two tensor-parallel ranks every side of its matrices is a multiple of 128.
 LLAMA = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
-from megatron_prime.validate import MODEL_TYPES, max_positions, with_defaults
+from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
 
 @dataclass(frozen=True, slots=True)

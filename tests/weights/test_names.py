@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_prime.validate import MODEL_TYPES
+from megatron_prime.families import MODEL_TYPES
 from megatron_prime.weights.names import entries, hf_shapes, parameters_by_entry
 from megatron_prime.weights.shape import ModelShape
 

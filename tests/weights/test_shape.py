@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_prime.config import ConfigError
-from megatron_prime.validate import MODEL_TYPES
+from megatron_prime.families import MODEL_TYPES
 from megatron_prime.weights.shape import ModelShape, padded
 
 QWEN = {  # Qwen2.5-Math-7B, as transformers 4 writes it
