@@ -144,7 +144,8 @@ def test_outcome_only_needs_no_prm(job: Job, full: str) -> None:
     assert steps[1]["rollout/accuracy"] == job.metrics(full)[1]["rollout/accuracy"]
     assert steps[1]["policy/grad_norm"] > 0
     (checkpoint,) = (job.run("outcome_only") / "checkpoints").iterdir()
-    assert sorted(path.name for path in checkpoint.iterdir()) == ["policy", "rng", "run.json"]
+    held = sorted(path.name for path in checkpoint.iterdir())
+    assert held == ["manifest.json", "policy", "rng", "run.json"]
 
 
 def test_training_changes_the_exported_weights_and_keeps_their_form(job: Job, full: str) -> None:
