@@ -91,11 +91,11 @@ class Guard:
 
     def _told(self, error: NotFinite, engine: Engine, stage: str, batch: Batch) -> str:
         parent = self.config.run.folder / "not_finite"
-        saved = [sorted(parent.glob(f"{self.model}_{stage}_*"))]
-        dist.broadcast_object_list(saved, src=0)
-        if len(saved[0]) >= KEPT:
+        names = [parent / f"{self.model}_{stage}_{number}" for number in range(KEPT)]
+        free = [next((path for path in names if not path.exists()), None)]
+        dist.broadcast_object_list(free, src=0)
+        if (folder := free[0]) is None:
             return f"{error}\n(not saved: {parent} holds {KEPT} of this kind)"
-        folder = parent / f"{self.model}_{stage}_{len(saved[0])}"
         save(folder, self.config, self.model, engine, batch)
         return f"{error}\nrun it again with: python -m megatron_prime replay {folder}"
 
