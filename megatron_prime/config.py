@@ -6,27 +6,33 @@ node in a moment; `config_file.py` reads and prints it, `validate.py` adds the c
 knobs or the model's own config.json.
 
 Upstream options are not mirrored: what stands in `[megatron]` goes untouched to Megatron's
-`TransformerConfig`.
+`TransformerConfig`, what stands in `[sglang]` to SGLang's server.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megatron_prime.errors import RunError
+from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
+from megatron_prime.options import AdvantageOptions as AdvantageOptions
+from megatron_prime.options import (
+    Beta,
+    FilePath,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RolloutSection,
+)
+from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
+from megatron_prime.options import Section as Section
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 ModelName = Literal["policy", "prm", "reference"]
-FilePath = Annotated[Path, Field(strict=False)]
 
 
 class ConfigError(RunError, ValueError):
@@ -46,61 +52,6 @@ class ParallelSizes:
     def replica(self) -> int:
         """Ranks that hold one replica together."""
         return self.tp * self.pp * self.cp
-
-
-class Section(BaseModel):
-    """Base of all tables: frozen, strict, no unknown keys; attribute docstrings become help."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
-
-
-class AdvantageOptions(Section):
-    """Token advantages from process and outcome rewards; formulae in `algorithm/advantage.py`."""
-
-    estimator: Literal["rloo"] = "rloo"
-    """Baseline of the advantage: `rloo`, leave-one-out within the group."""
-    process_baseline: Literal["released", "paper"] = "released"
-    """Leave-one-out of process rewards: `released` (as in the authors' code,
-    K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean
-    rewards)."""
-    process_norm: Literal["batch_norm", "none"] = "batch_norm"
-    """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch;
-    `none` leaves them."""
-    whiten: bool = True
-    """Subtract the mean, divide by the standard deviation, of all response tokens of the batch."""
-    gamma: Fraction = 1.0
-    """Discount of future process rewards; the outcome reward is never discounted."""
-    process_weight: NonNegativeFloat = 1.0
-    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is
-    loaded."""
-    outcome_weight: NonNegativeFloat = 1.0
-    """Weight of the outcome advantage."""
-
-    @classmethod
-    def preset(cls, name: Literal["released", "paper"]) -> Self:
-        """The options of the authors' code (`released`) or of the paper's formulae (`paper`)."""
-        return cls(**ADVANTAGE_PRESETS[name])
-
-
-ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "released": {"process_baseline": "released", "process_norm": "batch_norm", "whiten": True},
-    "paper": {"process_baseline": "paper", "process_norm": "none", "whiten": False},
-}
-
-
-class PolicyLossOptions(Section):
-    """The clipped surrogate of `algorithm/policy_loss.py`."""
-
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further
-    out."""
-    aggregation: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
-    """Mean over responses of each response's token mean (the released run), or one mean over all
-    tokens."""
-    entropy_coefficient: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus (released run: 0)."""
 
 
 class RunSection(Section):
@@ -188,27 +139,6 @@ class DataSection(Section):
     """Prompts of more tokens are counted and dropped."""
 
 
-class RolloutSection(Section):
-    """Sampling of responses."""
-
-    engine: Literal["local"] = "local"
-    """`local`: an embedded `transformers` model in each rank's process."""
-    group_size: Positive = 4
-    """Responses per prompt (the paper's K)."""
-    prompts_per_step: Positive = 256
-    """Prompts that must pass the filter before a step trains."""
-    prompts_per_round: NonNegative = 0
-    """Prompts drawn in each generation round; 0 takes `prompts_per_step`."""
-    max_rounds: Positive = 8
-    """Generation rounds before a step that can't fill its batch stops the run with the counts."""
-    max_response_length: Positive = 3072
-    """Longer responses are cut and count as truncated."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the policy's log-probs are taken at the same temperature."""
-    batch_size: Positive = 128
-    """Sequences that one rank of the local engine decodes at once."""
-
-
 class FilterSection(Section):
     """Which prompts train, by the accuracy of their group."""
 
@@ -263,6 +193,9 @@ class PolicySection(BatchSection):
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; norms and biases are exempt."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Whose log-probs of the sampled tokens the update starts from: the `trainer`'s, taken before
+    the update, or the engine's, token by token, as they were sampled (`rollout`)."""
     loss: PolicyLossOptions = PolicyLossOptions()
     """Options of the clipped policy loss."""
 
@@ -359,8 +292,10 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     debug: DebugSection = DebugSection()
-    megatron: dict[str, Any] = {}
+    megatron: dict[str, Any] = Field(default={})
     """Options of Megatron's TransformerConfig (tensor_model_parallel_size …), passed untouched."""
+    sglang: dict[str, Any] = Field(default={})
+    """Options of SGLang's server (mem_fraction_static …), passed untouched."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,133 @@
+"""What the tables of a run's configuration are made of, and the tables with the most knobs.
+
+`config.py` puts all tables together and is where others import from; the tables here are those of
+the mathematics and of the rollout engine. No torch, no Megatron.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+FilePath = Annotated[Path, Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Base of all tables: frozen, strict, no unknown keys; attribute docstrings become help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class AdvantageOptions(Section):
+    """Token advantages from process and outcome rewards; formulae in `algorithm/advantage.py`."""
+
+    estimator: Literal["rloo"] = "rloo"
+    """Baseline of the advantage: `rloo`, leave-one-out within the group."""
+    process_baseline: Literal["released", "paper"] = "released"
+    """Leave-one-out of process rewards: `released` (as in the authors' code,
+    K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean
+    rewards)."""
+    process_norm: Literal["batch_norm", "none"] = "batch_norm"
+    """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch;
+    `none` leaves them."""
+    whiten: bool = True
+    """Subtract the mean, divide by the standard deviation, of all response tokens of the batch."""
+    gamma: Fraction = 1.0
+    """Discount of future process rewards; the outcome reward is never discounted."""
+    process_weight: NonNegativeFloat = 1.0
+    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is
+    loaded."""
+    outcome_weight: NonNegativeFloat = 1.0
+    """Weight of the outcome advantage."""
+
+    @classmethod
+    def preset(cls, name: Literal["released", "paper"]) -> Self:
+        """The options of the authors' code (`released`) or of the paper's formulae (`paper`)."""
+        return cls(**ADVANTAGE_PRESETS[name])
+
+
+ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "released": {"process_baseline": "released", "process_norm": "batch_norm", "whiten": True},
+    "paper": {"process_baseline": "paper", "process_norm": "none", "whiten": False},
+}
+
+
+class PolicyLossOptions(Section):
+    """The clipped surrogate of `algorithm/policy_loss.py`."""
+
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further
+    out."""
+    aggregation: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
+    """Mean over responses of each response's token mean (the released run), or one mean over all
+    tokens."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus (released run: 0)."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance weights for what the rollout engine's numerics differ from the
+    trainer's: of each `token`, or of a whole response (`sequence`)."""
+    importance_cap: PositiveFloat = 2.0
+    """Largest importance weight; larger ones are cut to it."""
+
+
+class RolloutSection(Section):
+    """Sampling of responses."""
+
+    engine: Literal["local", "sglang"] = "local"
+    """`local`: an embedded `transformers` model in each rank's process; `sglang`: SGLang servers on
+    the same devices as the trainer."""
+    group_size: Positive = 4
+    """Responses per prompt (the paper's K)."""
+    prompts_per_step: Positive = 256
+    """Prompts that must pass the filter before a step trains."""
+    prompts_per_round: NonNegative = 0
+    """Prompts drawn in each generation round; 0 takes `prompts_per_step`."""
+    max_rounds: Positive = 8
+    """Generation rounds before a step that can't fill its batch stops the run with the counts."""
+    max_response_length: Positive = 3072
+    """Longer responses are cut and count as truncated."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the policy's log-probs are taken at the same temperature."""
+    batch_size: Positive = 128
+    """Sequences that one rank of the local engine decodes at once."""
+    mismatch_alarm: PositiveFloat | None = 0.05
+    """A step whose `rollout/mismatch_kl` (nats per token between engine and trainer) is above this
+    is called out; not set: none is."""
+    abort_surplus: bool = False
+    """Of SGLang: end a round as soon as enough prompts have passed the filter, and put the prompts
+    that are still being answered back. It shortens the wait for the longest responses, and so
+    favours prompts with short ones."""
+    keep_partial: bool = False
+    """With `abort_surplus`: keep what was sampled of the responses that were ended, and go on from
+    there in the next round; their tokens are of several policies."""
+    tensor_parallel_size: Positive = 1
+    """Of SGLang: ranks that one server is split over."""
+    groups_in_flight: Positive = 256
+    """Of SGLang: prompts that one server works on at once."""
+    fp8_weights: bool = False
+    """Of SGLang: linear layers in FP8 (e4m3, blocks of 128 × 128), rounded at each sync."""
+    sync_bucket_mib: Positive = 256
+    """Of SGLang: size of each of the two buffers that new weights pass through, per rank."""
+    sglang_python: FilePath | None = None
+    """Interpreter that has SGLang installed; not set: the one that runs the trainer."""
+    start_timeout_s: PositiveFloat = 900.0
+    """Of SGLang: how long a server may take to start."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """Of SGLang: how long a server may take over the responses to one prompt."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """Of SGLang: a server that shows no sign of life for so long while it generates is
+    restarted."""
+    sync_timeout_s: PositiveFloat = 300.0
+    """Of SGLang: how long a server may take over one bucket of new weights."""
+    max_restarts: NonNegative = 3
+    """Of SGLang: restarts of servers in one step before the run stops."""
