@@ -16,7 +16,7 @@ from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.training import StepResult, TrainableEngine
 from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
-from megatron_prime.weights.reshard import gather_hf_tensors
+from megatron_prime.weights.gather import gather_hf_tensors
 
 
 class MegatronPolicy:

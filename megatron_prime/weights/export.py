@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prime.config import ConfigError
-from megatron_prime.weights.reshard import gather_hf_tensors
+from megatron_prime.weights.gather import gather_hf_tensors
 from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_hf_checkpoint
 from megatron_prime.weights.shape import ModelShape
 

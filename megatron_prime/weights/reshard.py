@@ -1,127 +1,175 @@
-"""The whole model in Hugging Face names on every rank, a bucket at a time.
+"""Executes a plan: each rank sends what others lack and receives what its engine process owns.
 
-What a rollout engine, an export and a comparison want are Hugging Face tensors; what the ranks hold
-are Megatron's shards of one pipeline stage. Each stage's shards travel in flat buckets: first each
-tensor-parallel rank broadcasts its shards to the same rank of the other stages, then the
-tensor-parallel neighbours exchange them. So two collectives move a bucket of many tensors, and no
-rank ever holds more than one bucket beside its own weights.
+Round by round. A sender cuts the pieces out of its live parameters, on their device, takes a
+checksum of each, and packs them into one message per receiver; receivers of equal pieces share the
+packing. Messages go point to point (gloo, NCCL) straight into the buffer that the engine loads
+from; what a rank needs and has itself is written there without a message. Nothing larger than a
+bucket is ever allocated, but for the copy of one layer's fused projection that `unfuse` makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
-from megatron_prime.weights.layout import join, unfuse
-from megatron_prime.weights.names import Entry, entries, parameters_by_entry
-from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.checksum import checksum
+from megatron_prime.weights.fp8_blocks import BlockScales, Stretches, round_to_fp8
+from megatron_prime.weights.handover import HandoverLayout, Placed
+from megatron_prime.weights.names import entries, hf_shapes
+from megatron_prime.weights.placement import Form, Region, relative, slices
+from megatron_prime.weights.plan import CHECKSUM_BYTES, Message, Piece, ReshardPlan
 
-BUCKET_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """A parameter as one tensor-parallel rank of its stage holds it."""
-
-    entry: Entry
-    size: tuple[int, ...]
-    dtype: torch.dtype
+DTYPES = {Form.FP8: torch.float8_e4m3fn, Form.SCALES: torch.float32}
 
 
-def gather_hf_tensors(
-    chunks: Sequence[torch.nn.Module], shape: ModelShape, bucket_bytes: int = BUCKET_BYTES
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the Hugging Face checkpoint, whole, without padding, in the parameters' type.
+class Reshard:
+    """One rank's part in every sync of a run; each method is called by all ranks alike."""
 
-    Collective over the model-parallel group: all its ranks must run through the iterator. Every
-    rank gets the same tensors in the same order, on its device; they share no memory with the
-    model and stay valid. Tied embeddings come once, FP8 weights dequantised. A bucket holds at most
-    `bucket_bytes` of whole tensors, or a single tensor (or fused group) that is larger.
-    """
-    mine = {
-        entry.megatron: parameter.detach()
-        for entry, parameter, is_copy in parameters_by_entry(chunks, shape)
-        if not is_copy
-    }
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    tp: int = tp_group.size()
-    device = next(iter(mine.values())).device
-    for stage, shards in enumerate(_shards_of_stages(mine, shape)):
-        for bucket in _buckets(shards, bucket_bytes // tp):
-            flat = _broadcast(bucket, mine, stage, device)
-            gathered = [flat]
-            if tp > 1:
-                gathered = [torch.empty_like(flat) for _ in range(tp)]
-                dist.all_gather(gathered, flat, group=tp_group)
-            yield from _take_apart(bucket, gathered, shape)
-
-
-def _shards_of_stages(mine: dict[str, Tensor], shape: ModelShape) -> list[list[_Shard]]:
-    """What each pipeline stage holds, in the order of the table; collective."""
-    held = [
-        _Shard(entry, tuple(mine[entry.megatron].shape), mine[entry.megatron].dtype)
-        for entry in entries(shape)
-        if entry.megatron in mine
-    ]
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[_Shard]] = [[]] * group.size()
-    dist.all_gather_object(stages, held, group=group)
-    return stages
-
-
-def _buckets(shards: list[_Shard], max_bytes: int) -> Iterator[list[_Shard]]:
-    """Cut the list where the bytes of one rank's shards would pass `max_bytes` or change type."""
-    bucket: list[_Shard] = []
-    held = 0
-    for shard in shards:
-        nbytes = prod(shard.size) * shard.dtype.itemsize
-        if bucket and (held + nbytes > max_bytes or shard.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(shard)
-        held += nbytes
-    if bucket:
-        yield bucket
-
-
-def _broadcast(
-    bucket: list[_Shard], mine: dict[str, Tensor], stage: int, device: torch.device
-) -> Tensor:
-    """The bucket's shards one after the other, from `stage` to all pipeline stages."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.rank() == stage:
-        flat = torch.cat([_values(mine[shard.entry.megatron]).flatten() for shard in bucket])
-    else:
-        numel = sum(prod(shard.size) for shard in bucket)
-        flat = torch.empty(numel, dtype=bucket[0].dtype, device=device)
-    if group.size() > 1:
-        dist.broadcast(flat, dist.get_global_rank(group, stage), group=group)
-    return flat
-
-
-def _values(parameter: Tensor) -> Tensor:
-    """A parameter's values in its nominal type; FP8 ones become a copy, so a bucket at a time."""
-    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
-
-
-def _take_apart(
-    bucket: list[_Shard], gathered: list[Tensor], shape: ModelShape
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors from the flat buckets of all tensor-parallel ranks."""
-    tp = len(gathered)
-    sizes = [prod(shard.size) for shard in bucket]
-    for shard, *flats in zip(bucket, *(flat.split(sizes) for flat in gathered), strict=True):
-        layout = shard.entry.layout
-        parts_of_ranks = [
-            unfuse(layout, flat.view(shard.size), shape, tp, rank)
-            for rank, flat in enumerate(flats)
+    def __init__(
+        self,
+        plan: ReshardPlan,
+        rank: int,
+        dtype: torch.dtype,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`dtype`: of the values that the engine wants; `tp_group`: this rank's tensor-parallel
+        neighbours, who round a matrix to FP8 together."""
+        self.plan, self.rank, self.dtype, self.tp_group = plan, rank, dtype, tp_group
+        self.incoming = [plan.incoming(i, rank) for i in range(len(plan.rounds))]
+        self._outgoing = [
+            [message for message in plan.messages(i) if message.sender == rank]
+            for i in range(len(plan.rounds))
         ]
-        for name, *stretches in zip(shard.entry.hf, *parts_of_ranks, strict=True):
-            yield name, join(layout, stretches)
+        self._regions = self._own_regions()
+        self._scales: BlockScales | None = None
+
+    def layout(self, timeout_s: float) -> HandoverLayout:
+        """What the engine process of this rank is told once."""
+        plan = self.plan
+        parameters = list(plan.engine.parameters(plan.shape, self.rank % plan.engine.tp))
+        return HandoverLayout(
+            parameters={parameter.name: list(parameter.size) for parameter in parameters},
+            dtypes={
+                parameter.name: str(self._dtype(parameter.form)).removeprefix("torch.")
+                for parameter in parameters
+            },
+            rounds=[self._placed(messages) for messages in self.incoming],
+            buffer_bytes=max(1, plan.buffer_bytes),
+            timeout_s=timeout_s,
+        )
+
+    def begin(self, source: Stretches) -> None:
+        """Look at what is to be sent; RuntimeError if it is not what the plan was made for."""
+        source.forget()
+        for hf, region in self._regions.items():
+            found, wanted = source.stretch(hf).shape, [stop - start for start, stop in region]
+            if list(found) != wanted:
+                raise RuntimeError(
+                    f"rank {self.rank} holds {hf} as {list(found)}, the reshard plan has {wanted}: "
+                    "this is a mistake of the plan, not of the run"
+                )
+        if self.plan.engine.fp8:
+            shape = self.plan.shape
+            rounded = {
+                stretch.hf
+                for parameter in self.plan.engine.parameters(shape, 0)
+                for stretch in parameter.stretches
+                if parameter.form is Form.FP8
+            }
+            regions = {hf: region for hf, region in self._regions.items() if hf in rounded}
+            self._scales = BlockScales.of(source, regions, hf_shapes(shape), self.tp_group)
+
+    def round(
+        self, round_: int, source: Stretches, buffer: Tensor, receivers: Collection[int]
+    ) -> list[int]:
+        """Move one round into `buffer` (uint8, on the device) of each of the `receivers`.
+
+        Returns the senders' checksums of this rank's pieces, in the order of the buffer.
+        """
+        mine = self.incoming[round_] if self.rank in receivers else []
+        packed: dict[tuple[Piece, ...], Tensor] = {}
+        operations = []
+        at = 0
+        for message in mine:
+            room = buffer[at : at + message.nbytes]
+            at += message.nbytes
+            if message.sender == self.rank:
+                self._pack(message, source, room)
+                packed[message.pieces] = room
+            else:
+                operations.append(dist.P2POp(dist.irecv, room, message.sender))
+        for message in self._outgoing[round_]:
+            if message.receiver == self.rank or message.receiver not in receivers:
+                continue
+            if message.pieces not in packed:
+                packed[message.pieces] = buffer.new_empty(message.nbytes)
+                self._pack(message, source, packed[message.pieces])
+            operations.append(dist.P2POp(dist.isend, packed[message.pieces], message.receiver))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        source.forget()
+        return _checksums(mine, buffer)
+
+    def _pack(self, message: Message, source: Stretches, room: Tensor) -> None:
+        """Write the pieces and their checksums into `room`."""
+        sums = []
+        for piece, offset in zip(message.pieces, message.offsets, strict=False):
+            values = self._values(piece, source).contiguous()
+            sums.append(checksum(values))
+            room[offset : offset + piece.nbytes] = values.flatten().view(torch.uint8)
+        start = message.offsets[-1]
+        trailer = room[start : start + len(sums) * CHECKSUM_BYTES]
+        trailer.copy_(torch.stack(sums).view(torch.uint8))
+
+    def _values(self, piece: Piece, source: Stretches) -> Tensor:
+        if piece.form is Form.SCALES:
+            assert self._scales is not None, "begin() takes the scales of a plan with FP8"
+            return self._scales.grid(piece.hf)[slices(piece.region)]
+        held = self._regions[piece.hf]
+        values = source.stretch(piece.hf)[slices(relative(piece.region, held))]
+        if piece.form is Form.FP8:
+            assert self._scales is not None, "begin() takes the scales of a plan with FP8"
+            return round_to_fp8(values, self._scales.grid(piece.hf), piece.region)
+        return values.to(self.dtype)
+
+    def _placed(self, messages: list[Message]) -> list[Placed]:
+        """Where the engine finds each piece of a round in its buffer."""
+        placed, at = [], 0
+        for message in messages:
+            for piece, offset in zip(message.pieces, message.offsets, strict=False):
+                dtype = str(self._dtype(piece.form)).removeprefix("torch.")
+                region = [list(bounds) for bounds in piece.target]
+                placed.append(Placed(piece.parameter, region, at + offset, dtype))
+            at += message.nbytes
+        return placed
+
+    def _dtype(self, form: Form) -> torch.dtype:
+        return DTYPES.get(form, self.dtype)
+
+    def _own_regions(self) -> dict[str, Region]:
+        """What this rank holds of each tensor, by its Hugging Face name."""
+        training, shape = self.plan.training, self.plan.shape
+        sizes = hf_shapes(shape)
+        stage = self.rank // (training.world_size // training.sizes.pp)
+        return {
+            hf: training.region(entry, sizes[hf], shape, self.rank % training.sizes.tp)
+            for entry in entries(shape)
+            if stage in training.stages_of(entry, shape)
+            for hf in entry.hf
+        }
+
+
+def _checksums(messages: list[Message], buffer: Tensor) -> list[int]:
+    """The senders' checksums, from behind each message's pieces."""
+    found: list[int] = []
+    at = 0
+    for message in messages:
+        start = at + message.offsets[-1]
+        trailer = buffer[start : start + len(message.pieces) * CHECKSUM_BYTES]
+        found += trailer.clone().view(torch.int64).tolist()
+        at += message.nbytes
+    return found

@@ -33,8 +33,8 @@ from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.compat import megatron_calls, save_in_process  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import ScoredBatch, TrainBatch  # noqa: E402
+from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
-from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
 
 LAYOUTS = {  # the other ranks are data-parallel
     "dp2": ParallelSizes(),

@@ -34,8 +34,8 @@ from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import Prompt, TokenSequence, VerifiedGroup  # noqa: E402
 from megatron_prime.weights.export import export_hf  # noqa: E402
+from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
-from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.safetensors_io import HfCheckpoint  # noqa: E402
 from megatron_prime.weights.shape import padded  # noqa: E402
 

@@ -39,8 +39,8 @@ from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import Rendezvous  # noqa: E402
+from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
-from megatron_prime.weights.reshard import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.safetensors_io import HfCheckpoint  # noqa: E402
 
 gpu = [

@@ -10,7 +10,7 @@ import torch
 from megatron_prime.runtime.compat import before_megatron_import
 
 before_megatron_import()
-reshard = pytest.importorskip("megatron_prime.weights.reshard")
+gather = pytest.importorskip("megatron_prime.weights.gather")
 
 
 class Quantized:
@@ -23,10 +23,10 @@ class Quantized:
         return self.codes.float() * self.scale
 
 
-def test_fp8_weights_are_gathered_as_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reshard, "is_float8tensor", lambda tensor: isinstance(tensor, Quantized))
-    monkeypatch.setattr(reshard, "dequantize_fp8_tensor", lambda tensor: tensor.dequantize())
+def test_fp8_weights_are_gathered_as_theirvalues_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "is_float8tensor", lambda tensor: isinstance(tensor, Quantized))
+    monkeypatch.setattr(gather, "dequantize_fp8_tensor", lambda tensor: tensor.dequantize())
     weight: Any = Quantized(torch.tensor([1.0, -1.75, 448.0]).to(torch.float8_e4m3fn), 0.5)
-    assert torch.equal(reshard._values(weight), torch.tensor([0.5, -0.875, 224.0]))
+    assert torch.equal(gather.values_of(weight), torch.tensor([0.5, -0.875, 224.0]))
     plain = torch.randn(3)
-    assert reshard._values(plain) is plain
+    assert gather.values_of(plain) is plain

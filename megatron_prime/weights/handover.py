@@ -1,0 +1,232 @@
+"""Where a trainer's rank hands new weights to the SGLang process on its device.
+
+Two buffers take turns: while the engine copies one round of the plan into its parameters, the
+trainer fills the other. The buffers lie in shared memory on a CPU; on a GPU they are the trainer's,
+and the engine opens them by CUDA IPC. All else lies in one piece of shared memory without a name (a
+memfd, which no crash leaves behind), that the engine opens once through `/proc/PID/fd`:
+
+    header      counters, the only thing both sides wait on    checksums   one per piece, engine's
+    reply       text of the engine: what went wrong            layout      JSON: where pieces belong
+
+A sync goes: the trainer calls `begin`, asks the server over HTTP to load, and `publish`es round
+after round; the engine answers each with `loaded`, and at the end with its checksums. Both sides
+poll, for at most a given time. Only torch and the standard library are imported: the module runs
+inside SGLang's processes, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SYNC, _PUBLISHED, _LOADED, _STATE, _REPLY_BYTES = range(5)  # of the header
+_HEADER_BYTES, _REPLY_ROOM = 4096, 2**20
+_PAGE = 4096
+RUNNING, DONE, FAILED, GIVEN_UP = range(4)  # states of a sync
+
+
+class HandoverError(RuntimeError):
+    """The other side did not do its part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a piece lies in a buffer, and where it belongs in the engine's parameters."""
+
+    parameter: str
+    region: list[list[int]]  # (start, stop) per dimension, of the parameter
+    offset: int  # bytes, in the buffer
+    dtype: str  # torch's name
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverLayout:
+    """What the engine has to know before the first sync."""
+
+    parameters: dict[str, list[int]]  # every live parameter and its size
+    dtypes: dict[str, str]
+    rounds: list[list[Placed]]
+    buffer_bytes: int
+    timeout_s: float  # how long the engine waits for one round
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> HandoverLayout:
+        """Inverse of `to_json`."""
+        found: dict[str, Any] = json.loads(text)
+        found["rounds"] = [[Placed(**piece) for piece in pieces] for pieces in found["rounds"]]
+        return cls(**found)
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces in all rounds."""
+        return sum(map(len, self.rounds))
+
+
+class Handover:
+    """One side's view of the shared memory; `buffers` are uint8 tensors on the device."""
+
+    def __init__(self, memory: mmap.mmap, layout: HandoverLayout) -> None:
+        """Use `create` or `open`."""
+        self.layout = layout
+        self._memory = memory
+        self._header = torch.frombuffer(memory, dtype=torch.int64, count=_HEADER_BYTES // 8)
+        first, count = _HEADER_BYTES, max(1, layout.pieces)
+        self.checksums = torch.frombuffer(memory, dtype=torch.int64, count=count, offset=first)
+        self._reply_at = first + 8 * count
+        self.buffers: tuple[Tensor, Tensor]
+
+    @classmethod
+    def create(cls, layout: HandoverLayout, device: torch.device) -> Handover:
+        """The trainer's side."""
+        text = layout.to_json().encode()
+        on_gpu = device.type == "cuda"
+        reply_end = _HEADER_BYTES + 8 * max(1, layout.pieces) + _REPLY_ROOM
+        data_at = -(-(reply_end + len(text)) // _PAGE) * _PAGE
+        file = os.memfd_create("megatron_prime_handover")
+        os.ftruncate(file, data_at + (0 if on_gpu else 2 * layout.buffer_bytes))
+        memory = mmap.mmap(file, 0)
+        memory[reply_end : reply_end + len(text)] = text
+        handover = cls(memory, layout)
+        handle = ""
+        if on_gpu:
+            both = torch.empty(2, layout.buffer_bytes, dtype=torch.uint8, device=device)
+            shared = both.untyped_storage()._share_cuda_()
+            handle = base64.b64encode(pickle.dumps(shared)).decode()
+            handover.buffers = (both[0], both[1])
+        else:
+            handover.buffers = _halves(memory, data_at, layout.buffer_bytes)
+        handover.ticket = json.dumps(
+            {
+                "path": f"/proc/{os.getpid()}/fd/{file}",
+                "layout": [reply_end, len(text)],
+                "data": data_at,
+                "cuda": handle,
+            }
+        )
+        return handover
+
+    @classmethod
+    def open(cls, ticket: str, device: torch.device) -> Handover:
+        """The engine's side, from the trainer's `ticket`."""
+        found = json.loads(ticket)
+        file = os.open(found["path"], os.O_RDWR)
+        memory = mmap.mmap(file, 0)
+        os.close(file)
+        start, length = found["layout"]
+        handover = cls(memory, HandoverLayout.from_json(memory[start : start + length].decode()))
+        nbytes = handover.layout.buffer_bytes
+        if found["cuda"]:
+            # The first field is the device's number in the trainer's process; here it is ours.
+            _, *others = pickle.loads(base64.b64decode(found["cuda"]))
+            index = torch.cuda.current_device() if device.index is None else device.index
+            storage = torch.UntypedStorage._new_shared_cuda(index, *others)
+            both = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index))
+            both.set_(storage, 0, (2, nbytes), (nbytes, 1))
+            handover.buffers = (both[0], both[1])
+        else:
+            handover.buffers = _halves(memory, found["data"], nbytes)
+        return handover
+
+    ticket: str = ""  # what `open` wants; the trainer's side has it
+
+    # ------------------------------------------------------------------ the trainer's side
+
+    def begin(self, sync: int) -> None:
+        """Start a sync, whatever became of the last one."""
+        self._header[_PUBLISHED] = self._header[_LOADED] = self._header[_REPLY_BYTES] = 0
+        self._header[_STATE] = RUNNING
+        self.checksums.zero_()
+        self._header[_SYNC] = sync
+
+    def wait_free(self, round_: int, timeout_s: float, alive: Callable[[], bool]) -> None:
+        """Return when the round's buffer may be filled.
+
+        Raises HandoverError when the engine reports a failure, is not `alive`, or takes longer than
+        `timeout_s`.
+        """
+        self._wait(lambda: int(self._header[_LOADED]) >= round_ - 1, timeout_s, alive)
+
+    def publish(self, round_: int) -> None:
+        """The round's buffer is full; on a GPU, after its stream has come so far."""
+        if self.buffers[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._header[_PUBLISHED] = round_ + 1
+
+    def wait_done(self, timeout_s: float, alive: Callable[[], bool]) -> list[int]:
+        """The engine's checksums, one per piece; HandoverError as in `wait_free`."""
+        self._wait(lambda: int(self._header[_STATE]) == DONE, timeout_s, alive)
+        return self.checksums[: self.layout.pieces].tolist()
+
+    def give_up(self) -> None:
+        """Let an engine that still waits for a round return."""
+        self._header[_STATE] = GIVEN_UP
+
+    def _wait(
+        self, reached: Callable[[], bool], timeout_s: float, alive: Callable[[], bool]
+    ) -> None:
+        deadline, pause = time.monotonic() + timeout_s, 1e-5
+        while not reached():
+            if int(self._header[_STATE]) == FAILED:
+                length = int(self._header[_REPLY_BYTES])
+                said = self._memory[self._reply_at : self._reply_at + length].decode()
+                raise HandoverError(f"the rollout engine could not load new weights: {said}")
+            if pause > 1e-3 and not alive():
+                raise HandoverError("the rollout engine died while it loaded new weights")
+            if time.monotonic() > deadline:
+                raise HandoverError(
+                    f"the rollout engine did not load a bucket within {timeout_s:g} s "
+                    "(rollout.sync_timeout_s)"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+
+    # ------------------------------------------------------------------ the engine's side
+
+    def wait_published(self, sync: int, round_: int) -> bool:
+        """True when the round can be loaded; False when the trainer has given this sync up."""
+        deadline, pause = time.monotonic() + self.layout.timeout_s, 1e-5
+        while int(self._header[_PUBLISHED]) <= round_:
+            if int(self._header[_SYNC]) != sync or int(self._header[_STATE]) != RUNNING:
+                return False
+            if time.monotonic() > deadline:
+                raise HandoverError(f"no round {round_} within {self.layout.timeout_s:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+        return int(self._header[_SYNC]) == sync
+
+    def loaded(self, round_: int) -> None:
+        """The round's buffer may be filled anew."""
+        self._header[_LOADED] = round_ + 1
+
+    def done(self) -> None:
+        """All rounds are loaded, all checksums written."""
+        self._header[_STATE] = DONE
+
+    def failed(self, reason: str) -> None:
+        """Tell the trainer what went wrong."""
+        said = reason.encode()[:_REPLY_ROOM]
+        self._memory[self._reply_at : self._reply_at + len(said)] = said
+        self._header[_REPLY_BYTES] = len(said)
+        self._header[_STATE] = FAILED
+
+
+def _halves(memory: mmap.mmap, start: int, nbytes: int) -> tuple[Tensor, Tensor]:
+    first, second = (
+        torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start + i * nbytes)
+        for i in (0, 1)
+    )
+    return first, second

@@ -1,0 +1,71 @@
+"""Where new weights come from: the live policy, or a checkpoint's files.
+
+Both give a rank's own stretch of a Hugging Face tensor, which is what the reshard sends, and whole
+tensors, which is what the local engine and an export take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_prime.weights.gather import gather_hf_tensors, values_of
+from megatron_prime.weights.layout import unfuse
+from megatron_prime.weights.names import Entry, parameters_by_entry
+from megatron_prime.weights.safetensors_io import HfCheckpoint
+from megatron_prime.weights.shape import ModelShape
+
+
+class LiveWeights:
+    """The parameters of a model that is being trained, where they lie."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape) -> None:
+        self._chunks, self._shape = chunks, shape
+        self._held: dict[str, tuple[Entry, Tensor]] = {}
+        for entry, parameter, _ in parameters_by_entry(chunks, shape):
+            self._held |= dict.fromkeys(entry.hf, (entry, parameter.detach()))
+        self._tp = parallel_state.get_tensor_model_parallel_world_size()
+        self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, whole; collective over the model-parallel group."""
+        return gather_hf_tensors(self._chunks, self._shape)
+
+    def stretch(self, hf: str) -> Tensor:
+        """This rank's part of a tensor, in the parameters' nominal type; KeyError if it has none.
+
+        A view of the live parameter where that is possible.
+        """
+        entry, parameter = self._held[hf]
+        if self._last[0] != entry.megatron:  # q, k and v are asked for one after the other
+            parts = unfuse(entry.layout, values_of(parameter), self._shape, self._tp, self._tp_rank)
+            self._last = (entry.megatron, dict(zip(entry.hf, parts, strict=True)))
+        return self._last[1][hf]
+
+    def forget(self) -> None:
+        """Let go of copies; the next `stretch` looks at the live parameters again."""
+        self._last = ("", {})
+
+
+class CheckpointWeights:
+    """The weights of a Hugging Face checkpoint; every rank can read all of them."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        self._checkpoint = HfCheckpoint(hf_dir)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, whole."""
+        return self._checkpoint.tensors()
+
+    def stretch(self, hf: str) -> Tensor:
+        """A whole tensor."""
+        size = self._checkpoint.size(hf)
+        return self._checkpoint.read(hf, tuple(slice(0, length) for length in size))
+
+    def forget(self) -> None:
+        """Nothing is kept."""
