@@ -27,7 +27,7 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
     request = json.loads(name)
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    ticket = request["ticket"]
+    ticket, sync = request["ticket"], request["sync"]
     if ticket not in _open:
         _open.clear()
         _open[ticket] = Handover.open(ticket, device)
@@ -37,11 +37,11 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
     handover = _open[ticket]
     try:
         if problem := _differences(parameters, handover):
-            handover.failed(problem)
-        elif _receive(parameters, handover, request["sync"]):
+            handover.failed(sync, problem)
+        elif _receive(parameters, handover, sync):
             handover.done()
     except Exception:  # it is the trainer's to handle; here it would end the scheduler
-        handover.failed(traceback.format_exc())
+        handover.failed(sync, traceback.format_exc())
 
 
 @torch.no_grad()

@@ -29,10 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SYNC, _PUBLISHED, _LOADED, _STATE, _REPLY_BYTES = range(5)  # of the header
+# The header. Counters carry the number of their sync, for an engine may still be at the last one
+# when the trainer has given that up; each has one writer.
+_PUBLISHED, _GIVEN_UP, _LOADED, _STATE, _REPLY_BYTES = range(5)
 _HEADER_BYTES, _REPLY_ROOM = 4096, 2**20
 _PAGE = 4096
-RUNNING, DONE, FAILED, GIVEN_UP = range(4)  # states of a sync
+_TAG = 2**32
+_DONE, _FAILED = 1, 2  # states of the engine
 
 
 class HandoverError(RuntimeError):
@@ -82,12 +85,13 @@ class Handover:
     def __init__(self, memory: mmap.mmap, layout: HandoverLayout) -> None:
         """Use `create` or `open`."""
         self.layout = layout
-        self._memory = memory
+        self._memory, self._sync = memory, 0
         self._header = torch.frombuffer(memory, dtype=torch.int64, count=_HEADER_BYTES // 8)
         first, count = _HEADER_BYTES, max(1, layout.pieces)
         self.checksums = torch.frombuffer(memory, dtype=torch.int64, count=count, offset=first)
         self._reply_at = first + 8 * count
         self.buffers: tuple[Tensor, Tensor]
+        self.ticket = ""  # what `open` wants; only the trainer's side has one
 
     @classmethod
     def create(cls, layout: HandoverLayout, device: torch.device) -> Handover:
@@ -141,16 +145,13 @@ class Handover:
             handover.buffers = _halves(memory, found["data"], nbytes)
         return handover
 
-    ticket: str = ""  # what `open` wants; the trainer's side has it
-
     # ------------------------------------------------------------------ the trainer's side
 
     def begin(self, sync: int) -> None:
-        """Start a sync, whatever became of the last one."""
-        self._header[_PUBLISHED] = self._header[_LOADED] = self._header[_REPLY_BYTES] = 0
-        self._header[_STATE] = RUNNING
+        """Start sync number `sync` (1, 2, …), whatever became of the last one."""
+        self._sync = sync
         self.checksums.zero_()
-        self._header[_SYNC] = sync
+        self._header[_PUBLISHED] = _tagged(sync, 0)
 
     def wait_free(self, round_: int, timeout_s: float, alive: Callable[[], bool]) -> None:
         """Return when the round's buffer may be filled.
@@ -158,33 +159,33 @@ class Handover:
         Raises HandoverError when the engine reports a failure, is not `alive`, or takes longer than
         `timeout_s`.
         """
-        self._wait(lambda: int(self._header[_LOADED]) >= round_ - 1, timeout_s, alive)
+        self._wait(lambda: self._read(_LOADED) >= round_ - 1, timeout_s, alive)
 
     def publish(self, round_: int) -> None:
         """The round's buffer is full; on a GPU, after its stream has come so far."""
         if self.buffers[0].is_cuda:
             torch.cuda.current_stream().synchronize()
-        self._header[_PUBLISHED] = round_ + 1
+        self._header[_PUBLISHED] = _tagged(self._sync, round_ + 1)
 
     def wait_done(self, timeout_s: float, alive: Callable[[], bool]) -> list[int]:
         """The engine's checksums, one per piece; HandoverError as in `wait_free`."""
-        self._wait(lambda: int(self._header[_STATE]) == DONE, timeout_s, alive)
-        return self.checksums[: self.layout.pieces].tolist()
+        self._wait(lambda: self._read(_STATE) == _DONE, timeout_s, alive)
+        return [int(found) for found in self.checksums[: self.layout.pieces].tolist()]
 
     def give_up(self) -> None:
         """Let an engine that still waits for a round return."""
-        self._header[_STATE] = GIVEN_UP
+        self._header[_GIVEN_UP] = self._sync
 
     def _wait(
         self, reached: Callable[[], bool], timeout_s: float, alive: Callable[[], bool]
     ) -> None:
         deadline, pause = time.monotonic() + timeout_s, 1e-5
         while not reached():
-            if int(self._header[_STATE]) == FAILED:
+            if self._read(_STATE) == _FAILED:
                 length = int(self._header[_REPLY_BYTES])
                 said = self._memory[self._reply_at : self._reply_at + length].decode()
                 raise HandoverError(f"the rollout engine could not load new weights: {said}")
-            if pause > 1e-3 and not alive():
+            if pause > 1e-3 and not alive() and not reached():
                 raise HandoverError("the rollout engine died while it loaded new weights")
             if time.monotonic() > deadline:
                 raise HandoverError(
@@ -194,34 +195,45 @@ class Handover:
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
 
+    def _read(self, counter: int) -> int:
+        """The engine's counter; 0 while it speaks of another sync."""
+        sync, number = divmod(int(self._header[counter]), _TAG)
+        return number if sync == self._sync else 0
+
     # ------------------------------------------------------------------ the engine's side
 
     def wait_published(self, sync: int, round_: int) -> bool:
         """True when the round can be loaded; False when the trainer has given this sync up."""
+        self._sync = sync
         deadline, pause = time.monotonic() + self.layout.timeout_s, 1e-5
-        while int(self._header[_PUBLISHED]) <= round_:
-            if int(self._header[_SYNC]) != sync or int(self._header[_STATE]) != RUNNING:
+        while self._read(_PUBLISHED) <= round_:
+            newest = int(self._header[_PUBLISHED]) // _TAG
+            if newest != sync or int(self._header[_GIVEN_UP]) >= sync:
                 return False
             if time.monotonic() > deadline:
                 raise HandoverError(f"no round {round_} within {self.layout.timeout_s:g} s")
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
-        return int(self._header[_SYNC]) == sync
+        return True
 
     def loaded(self, round_: int) -> None:
         """The round's buffer may be filled anew."""
-        self._header[_LOADED] = round_ + 1
+        self._header[_LOADED] = _tagged(self._sync, round_ + 1)
 
     def done(self) -> None:
         """All rounds are loaded, all checksums written."""
-        self._header[_STATE] = DONE
+        self._header[_STATE] = _tagged(self._sync, _DONE)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, sync: int, reason: str) -> None:
         """Tell the trainer what went wrong."""
         said = reason.encode()[:_REPLY_ROOM]
         self._memory[self._reply_at : self._reply_at + len(said)] = said
         self._header[_REPLY_BYTES] = len(said)
-        self._header[_STATE] = FAILED
+        self._header[_STATE] = _tagged(sync, _FAILED)
+
+
+def _tagged(sync: int, number: int) -> int:
+    return sync * _TAG + number
 
 
 def _halves(memory: mmap.mmap, start: int, nbytes: int) -> tuple[Tensor, Tensor]:
