@@ -7,7 +7,7 @@ rank's": those values go through `Ranks.gather` before anything is decided from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -48,28 +48,46 @@ class PromptStream(Protocol):
     def put_back(self, prompts: Sequence[Prompt]) -> None: ...  # they come first in the next take
 
 
+class Tally(Protocol):
+    """A count towards a goal that all ranks share; called from any thread."""
+
+    def add(self) -> None: ...  # one more
+    def reached(self) -> bool: ...  # once it is, for ever
+
+
 class RolloutEngine(Protocol):
     """Samples responses with the policy's weights of `version`."""
 
     version: int  # -1 before the first load_weights
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate(  # once `enough` is reached, prompts may be left unanswered
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
     ) -> Iterator[Group]: ...  # this rank's share, as they finish
+    def take_metrics(self) -> Metrics: ...  # over all ranks, since the last call; collective
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None: ...
 
 
 class Verifier(Protocol):
     """Scores rollouts while the iterable still produces them."""
 
-    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]: ...  # this rank's
+    def verify(  # `on_verified`: told each group when its last check is done, from any thread
+        self,
+        groups: Iterable[Group],
+        on_verified: Callable[[VerifiedGroup], None] | None = None,
+    ) -> list[VerifiedGroup]: ...  # this rank's
 
 
 class Ranks(Protocol):
-    """The one collective the loop needs."""
+    """What the loop needs of the other ranks."""
 
-    def gather(  # all ranks' groups, in the order of `prompts`
-        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+    def tally(self, goal: int) -> Tally: ...  # a new one, at 0; collective
+
+    # All ranks' groups, in the order of `prompts`: one for each, unless `enough` is reached.
+    def gather(
+        self,
+        groups: Sequence[VerifiedGroup],
+        prompts: Sequence[Prompt],
+        enough: Tally | None = None,
     ) -> list[VerifiedGroup]: ...
 
 
