@@ -7,7 +7,7 @@ rank's": those values go through `Ranks.gather` before anything is decided from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_prime.config import FilterSection
 from megatron_prime.types import (
     Group,
     LoopState,
@@ -49,10 +50,10 @@ class PromptStream(Protocol):
 
 
 class Tally(Protocol):
-    """A count towards a goal that all ranks share; called from any thread."""
+    """Counts, over all ranks, verified groups that may train; called from any thread."""
 
-    def add(self) -> None: ...  # one more
-    def reached(self) -> bool: ...  # once it is, for ever
+    def add(self, group: VerifiedGroup) -> None: ...  # each once, also those that don't count
+    def reached(self) -> bool: ...  # whether there are enough; stays so
 
 
 class RolloutEngine(Protocol):
@@ -70,17 +71,15 @@ class RolloutEngine(Protocol):
 class Verifier(Protocol):
     """Scores rollouts while the iterable still produces them."""
 
-    def verify(  # `on_verified`: told each group when its last check is done, from any thread
-        self,
-        groups: Iterable[Group],
-        on_verified: Callable[[VerifiedGroup], None] | None = None,
+    def verify(  # `enough` is told each group as soon as its last check is done
+        self, groups: Iterable[Group], enough: Tally | None = None
     ) -> list[VerifiedGroup]: ...  # this rank's
 
 
 class Ranks(Protocol):
     """What the loop needs of the other ranks."""
 
-    def tally(self, goal: int) -> Tally: ...  # a new one, at 0; collective
+    def tally(self, goal: int, window: FilterSection) -> Tally: ...  # a new one, at 0; collective
 
     # All ranks' groups, in the order of `prompts`: one for each, unless `enough` is reached.
     def gather(

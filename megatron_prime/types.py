@@ -59,18 +59,19 @@ class Rollout:
     text: str  # the decoded response, without special tokens
     older_spans: tuple[VersionSpan, ...] = ()  # its first tokens, if earlier policies sampled them
 
+    def __post_init__(self) -> None:
+        """ValueError if the older spans leave no token to `policy_version`."""
+        older = sum(span.tokens for span in self.older_spans)
+        if self.older_spans and older >= len(self.response_ids):
+            raise ValueError(
+                f"found older_spans of {older} tokens in a response of {len(self.response_ids)}, "
+                "wanted fewer: its last token is of policy_version"
+            )
+
     @property
     def versions(self) -> tuple[VersionSpan, ...]:
-        """Which policy sampled which tokens: spans that cover the whole response, in order.
-
-        ValueError if the older ones leave no token to `policy_version`.
-        """
+        """Which policy sampled which tokens: spans that cover the whole response, in order."""
         rest = len(self.response_ids) - sum(span.tokens for span in self.older_spans)
-        if self.older_spans and rest < 1:
-            raise ValueError(
-                f"found older_spans of {len(self.response_ids) - rest} tokens in a response of "
-                f"{len(self.response_ids)}, wanted fewer: the last is of policy_version"
-            )
         return (*self.older_spans, VersionSpan(rest, self.policy_version))
 
 
@@ -109,6 +110,15 @@ class VerifiedGroup:
                 "in one group; only rollout.keep_partial mixes them"
             )
         return versions.pop()
+
+
+Groups = tuple[VerifiedGroup, ...]
+
+
+def unanswered(prompts: Sequence[Prompt], groups: Sequence[VerifiedGroup]) -> list[Prompt]:
+    """The prompts without a group, in their order."""
+    answered = {group.prompt.prompt_id for group in groups}
+    return [prompt for prompt in prompts if prompt.prompt_id not in answered]
 
 
 def outcome_rewards(groups: Sequence[VerifiedGroup]) -> Tensor:
@@ -219,4 +229,4 @@ class LoopState:
     """Where a run stands between two steps; what a checkpoint keeps beside the models."""
 
     step: int = 0  # steps done
-    surplus: tuple[VerifiedGroup, ...] = ()  # groups that passed the filter and were not needed
+    surplus: Groups = ()  # groups that passed the filter and were not needed

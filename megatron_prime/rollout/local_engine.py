@@ -112,8 +112,8 @@ class LocalEngine:
     ) -> Iterator[Group]:
         """Groups for prompts[rank::world_size], each as soon as its last response is decoded.
 
-        No batch begins any more once `enough` is reached. Raises RuntimeError without loaded weights, ValueError for a prompt without tokens; both
-        at once, not at the first group.
+        No batch begins any more once `enough` is reached. Raises RuntimeError without loaded
+        weights, ValueError for a prompt without tokens; both at once, not at the first group.
         """
         if self.version < 0:
             raise RuntimeError(

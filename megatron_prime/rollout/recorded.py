@@ -9,7 +9,7 @@ off-policy. `rollout/mismatch_kl` says by how much: the recorded log-probs are t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,13 @@ class RecordedRollouts:
             )
             yield Group(prompt, tuple(now))
 
-    def verify(
-        self,
-        groups: Iterable[Group],
-        on_verified: Callable[[VerifiedGroup], None] | None = None,
-    ) -> list[VerifiedGroup]:
+    def verify(self, groups: Iterable[Group], enough: Tally | None = None) -> list[VerifiedGroup]:
         """The recorded outcome rewards."""
         verified = [
             replace(self._taken[group.prompt.prompt_id], rollouts=group.rollouts)
             for group in groups
         ]
-        for group in verified if on_verified else ():
-            on_verified(group)
+        if enough is not None:
+            for group in verified:
+                enough.add(group)
         return verified

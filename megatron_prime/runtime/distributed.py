@@ -17,7 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed.distributed_c10d import Store
 
-from megatron_prime.config import ConfigError, ParallelSizes
+from megatron_prime.algorithm.filtering import passes
+from megatron_prime.config import ConfigError, FilterSection, ParallelSizes
 from megatron_prime.protocols import Tally
 from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
@@ -91,12 +92,13 @@ def destroy() -> None:
 class StoreTally:
     """The `Tally` role: a number in the store that all ranks reach."""
 
-    def __init__(self, store: Store, key: str, goal: int) -> None:
-        self._store, self._key, self._goal = store, key, goal
+    def __init__(self, store: Store, key: str, goal: int, window: FilterSection) -> None:
+        self._store, self._key, self._goal, self._window = store, key, goal, window
 
-    def add(self) -> None:
-        """One more."""
-        self._store.add(self._key, 1)
+    def add(self, group: VerifiedGroup) -> None:
+        """Count the group if it passes the accuracy window."""
+        if passes(group, self._window):
+            self._store.add(self._key, 1)
 
     def reached(self) -> bool:
         """Whether all ranks together have come to the goal."""
@@ -118,11 +120,11 @@ class WorldRanks:
             self._store = dist.HashStore()  # type: ignore[attr-defined]
         self._tallies = 0
 
-    def tally(self, goal: int) -> StoreTally:
-        """A count towards `goal`, at 0; every rank must ask for it, in the same order."""
+    def tally(self, goal: int, window: FilterSection) -> StoreTally:
+        """A count from 0 to `goal` of groups that pass; all ranks ask for it, in the same order."""
         assert self._store is not None, "several ranks count together in the store they met in"
         self._tallies += 1  # a key that no earlier count has used
-        return StoreTally(self._store, f"tally_{self._tallies}", goal)
+        return StoreTally(self._store, f"tally_{self._tallies}", goal, window)
 
     def gather(
         self,
@@ -142,7 +144,11 @@ class WorldRanks:
         count = sum(map(len, per_rank))
         # Nobody adds to the tally any more: what it says now is the same on all ranks.
         may_miss = enough is not None and enough.reached()
-        if len(found) != count or found.keys() - set(wanted) or not (may_miss or count == len(wanted)):
+        if (
+            len(found) != count
+            or found.keys() - set(wanted)
+            or not (may_miss or count == len(wanted))
+        ):
             raise RuntimeError(
                 f"gathered {count} groups of {len(found)} prompts for {len(wanted)} prompts: the "
                 "ranks of the rollout engine must answer each prompt once"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,11 +22,10 @@ from types import TracebackType
 from typing import Self
 
 import megatron_prime
+from megatron_prime.protocols import Tally
 from megatron_prime.runtime.signals import block_stop_signals
 from megatron_prime.types import Group, VerifiedGroup
 from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
-
-OnVerified = Callable[[VerifiedGroup], None]
 
 START_TIMEOUT_S = 300.0  # a cold shared file system can take minutes over the imports
 
@@ -58,19 +57,17 @@ class VerifierPool:
             self.close()
             raise
 
-    def verify(
-        self, groups: Iterable[Group], on_verified: OnVerified | None = None
-    ) -> list[VerifiedGroup]:
+    def verify(self, groups: Iterable[Group], enough: Tally | None = None) -> list[VerifiedGroup]:
         """Score all rollouts, each from the moment its group comes out of `groups`; order is kept.
 
-        `on_verified` gets each group once, as soon as its last check is done, in a thread of the
-        pool. Raises ValueError for an ability without a checker, RuntimeError if workers can't be
-        started, and whatever `groups` and `on_verified` raise; the pool can be used again after it.
+        `enough` gets each group as soon as its last check is done, in a thread of the pool. Raises
+        ValueError for an ability without a checker, RuntimeError if workers can't be started, and
+        whatever `groups` and `enough` raise; the pool can be used again after it.
         """
         submitted: list[tuple[_Checked, list[Future[None]]]] = []
         try:
             for group in groups:
-                checked = _Checked(group, on_verified)
+                checked = _Checked(group, enough)
                 submitted.append((checked, self._submit(checked)))
             for _, futures in submitted:
                 for future in futures:
@@ -134,11 +131,11 @@ class VerifierPool:
 
 
 class _Checked:
-    """A group whose checks are under way; says when the last is done."""
+    """A group whose checks are under way; counted when the last is done."""
 
-    def __init__(self, group: Group, on_verified: OnVerified | None) -> None:
+    def __init__(self, group: Group, enough: Tally | None) -> None:
         self.group = group
-        self._on_verified = on_verified
+        self._enough = enough
         self._rewards: list[float | None] = [None] * len(group.rollouts)
         self._left = len(group.rollouts)
         self._lock = threading.Lock()
@@ -149,8 +146,8 @@ class _Checked:
             self._rewards[sample] = reward
             self._left -= 1
             is_last = self._left == 0
-        if is_last and self._on_verified is not None:
-            self._on_verified(self.verified())
+        if is_last and self._enough is not None:
+            self._enough.add(self.verified())
 
     def verified(self) -> VerifiedGroup:
         """The group with its rewards, when all are there."""
