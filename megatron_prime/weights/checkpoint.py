@@ -47,6 +47,7 @@ FREE = (
     "data.eval",
     "rollout.batch_size",
     "rollout.max_rounds",
+    "rollout.mismatch_alarm",
     "policy.micro_batch_tokens",
     "prm.micro_batch_tokens",
     "verify.",
