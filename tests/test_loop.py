@@ -28,8 +28,6 @@ from megatron_prime.types import (
     VerifiedGroup,
 )
 
-
-SAMPLING = Sampling(4, 1.0, 8, 0)
 ROLLOUT = Rollout((7, 8, 9), (-1.0, -1.0, -1.0), "stop", 0, "789")
 
 
@@ -317,8 +315,9 @@ def test_each_round_counts_what_is_missing_still() -> None:
 def test_a_surplus_that_fills_the_batch_still_leaves_a_round_to_be_seen() -> None:
     """Updates that fail keep the version, so a surplus of rounds far too large stays."""
     fake = Fake([0.5], updates=False)
-    first = LoopState(0, tuple(fake.verify(FakeEngine(fake).generate(fake.take(3), SAMPLING))))
-    surplus = tuple(replace(g, rollouts=(ROLLOUT,) * 4) for g in first.surplus)
+    surplus = tuple(
+        VerifiedGroup(prompt, (ROLLOUT,) * 4, (0.0, 1.0, 0.0, 1.0), 0) for prompt in fake.take(3)
+    )
     rollout = {"prompts_per_step": 2, "prompts_per_round": 4, "abort_surplus": True}
     play(fake, LoopState(0, surplus), rollout=rollout)
     assert fake.goals == [1]
@@ -362,17 +361,15 @@ def test_no_prompt_is_lost_or_counted_twice(keep_partial: bool) -> None:
 
 
 def test_surplus_of_an_older_policy_serves_a_run_that_mixes_them() -> None:
-    fake = Fake([0.5, 1.0, 0.5, 0.5])
-    rollout = {"prompts_per_step": 2, "abort_surplus": False, "keep_partial": True}
-    play(fake, rollout=rollout, run={"folder": "unused", "steps": 2})
+    """Step 1 leaves prompt 3, of version 0; step 2 trains on it and on 4 and leaves 5."""
+    fake = Fake([0.5, 1.0, 0.5, 0.5, 0.5, 0.5])
+    rollout = {"prompts_per_step": 2, "keep_partial": True}
+    play(fake, rollout=rollout, run={"folder": "unused", "steps": 2}, checkpoint={"every": 1})
     assert fake.returned == []
-    second = fake.trained_on[1].scored.rollouts
-    assert len(second.sequences) == 8
-    (state,) = fake.saved
-    assert state.step == 2
-    versions = {r.policy_version for batch in [state.surplus] for g in batch for r in g.rollouts}
-    assert versions <= {1}
-    assert fake.recorded[2][0] == 4, "prompt 3 was not asked again"
+    assert fake.recorded == {1: [0, 1, 2, 3], 2: [4, 5]}, "prompt 3 was not asked again"
+    left = [[(g.prompt.prompt_id, g.policy_version) for g in s.surplus] for s in fake.saved]
+    assert left == [[(3, 0)], [(5, 1)]]
+    assert len(fake.trained_on[1].scored.rollouts.sequences) == 8
 
 
 def test_a_batch_of_two_policies_is_refused_unless_it_was_asked_for() -> None:

@@ -226,7 +226,9 @@ class RunCheckpoints:
 
     def _check_config(self, began_with: dict[str, Any]) -> None:
         now = flatten(self.config.model_dump(mode="json"))
-        before = flatten(began_with)
+        must = {"run": {"folder": "-"}, "model": {"hf": "-"}, "data": {"train": "-"}}
+        defaults = RunConfig.model_validate(must).model_dump(mode="json")
+        before = flatten(defaults) | flatten(began_with)  # a knob of later was at its default
         cosine = "cosine" in (self.config.policy.schedule, self.config.prm.schedule)
         free = tuple(knob for knob in FREE if not (cosine and knob == "run.steps"))
         changed = [
