@@ -49,7 +49,7 @@ def make_job() -> dict[str, Any]:
         "outcomes": torch.rand(ROWS, generator=generator).round(decimals=1),
         "advantages": torch.randn(ROWS, width, generator=generator),
         # Of an engine that is not far from random weights over 61 tokens.
-        "rollout_logprobs": -4.1 + 0.3 * torch.randn(ROWS, width, generator=generator),
+        "rollout_logprobs": -4.7 + 0.3 * torch.randn(ROWS, width, generator=generator),
         "temperature": 1.3,
         "seed": 3,
         "policy": {
@@ -149,7 +149,7 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         old = [policy.forward(*row)[0] for row in sequences]
     engine = [job["rollout_logprobs"][row, : len(old[row])] for row in range(ROWS)]
-    start = engine if policy_knobs["old_logprobs"] == "rollout" else old
+    begun = engine if policy_knobs["old_logprobs"] == "rollout" else old
     weights, figures = importance_of(old, engine, knobs["importance"])
     policy_losses = []
     for update in range(UPDATES):
@@ -161,7 +161,7 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
             terms = []
             for row in rows:
                 logprobs, entropy = policy.forward(*sequences[row])
-                ratio = (logprobs - start[row]).exp()
+                ratio = (logprobs - begun[row]).exp()
                 advantage = job["advantages"][row, : len(ratio)]
                 low, high = 1 - knobs["clip"], 1 + knobs["clip"]
                 surrogate = torch.minimum(advantage * ratio, advantage * ratio.clamp(low, high))
