@@ -31,7 +31,7 @@ def documented() -> Iterator[str]:
 
 
 def seen_elsewhere(name: str) -> bool:
-    """Of overflows, skipped NaNs, importance weights: test_fp16.py and test_training.py see them."""
+    """Of overflows, skipped NaNs and weights: test_fp16.py and test_training.py see those."""
     return "/importance" in name or name.endswith(
         ("/loss_scale", "/skipped_steps", "/not_finite_steps")
     )

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_before_there_was_a_knob_or_a_field_is_read(tmp_path: Pa
     whole = tuple(replace(rollout, older_spans=()) for rollout in SURPLUS.rollouts)
     found = Run(tmp_path, 5).checkpoints.resume()
     assert found == LoopState(1, (replace(SURPLUS, rollouts=whole),))
-    with pytest.raises(CheckpointError, match="old_logprobs: began with .trainer., found"):
+    with pytest.raises(CheckpointError, match="old_logprobs: began with 'trainer'"):
         Run(tmp_path, 5, policy={"old_logprobs": "rollout"}).checkpoints.resume()
 
 
