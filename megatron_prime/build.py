@@ -67,6 +67,7 @@ def train(config: RunConfig, launch: Launch) -> None:
                 ranks.rank,
                 state.step,
                 config.debug.save_rollouts,
+                config.rollout.mismatch_alarm,
             )
         )
         roles = Roles(
@@ -157,7 +158,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
 def session(config: RunConfig, launch: Launch, sizes: ParallelSizes) -> Iterator[WorldRanks]:
     """The process groups of a run."""
     initialize(launch.here, sizes, config.run.seed, config.run.timeout_s, launch.store)
-    yield WorldRanks(config.run.timeout_s)
+    yield WorldRanks(config.run.timeout_s, launch.store)
     destroy()  # not after an error: giving groups back may wait for a rank that is lost
 
 

@@ -39,6 +39,12 @@ def evaluate(config: RunConfig, roles: Roles) -> Metrics:
         return figures.of_evaluation(answers)
 
 
+def sampling_of(config: RunConfig, step: int, round_: int) -> Sampling:
+    """How the prompts of one generation round are continued."""
+    knobs, seed = config.rollout, config.sampling_seed(step, round_)
+    return Sampling(knobs.group_size, knobs.temperature, knobs.max_response_length, seed)
+
+
 def rollouts_only(
     config: RunConfig,
     prompts: PromptStream,
@@ -51,8 +57,7 @@ def rollouts_only(
     knobs = config.rollout
     for step in range(1, config.run.steps + 1):
         taken = prompts.take(knobs.prompts_per_round or knobs.prompts_per_step)
-        seed = config.sampling_seed(step, 0)
-        sampling = Sampling(knobs.group_size, knobs.temperature, knobs.max_response_length, seed)
-        groups = ranks.gather(verifier.verify(engine.generate(taken, sampling)), taken)
+        rollouts = engine.generate(taken, sampling_of(config, step, 0))
+        groups = ranks.gather(verifier.verify(rollouts), taken)
         recorder.rollouts(step, groups)
         recorder.log(step, figures.of_rollouts(groups, groups, rounds=1))

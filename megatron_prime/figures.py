@@ -22,12 +22,19 @@ from megatron_prime.types import (
 
 
 def of_rollouts(
-    generated: Sequence[VerifiedGroup], batch: Sequence[VerifiedGroup], rounds: int
+    generated: Sequence[VerifiedGroup],
+    batch: Sequence[VerifiedGroup],
+    rounds: int,
+    aborted: int = 0,
 ) -> Metrics:
-    """All that was generated in a step (before the filter) and what the filter left."""
+    """All that was generated in a step (before the filter) and what the filter left.
+
+    `aborted`: prompts that were put back without an answer.
+    """
     return {
         **_responses("rollout", generated),
         "rollout/rounds": rounds,
+        "rollout/aborted": aborted,
         "verify/failures": sum(group.checker_failures for group in generated),
         "filter/generated": len(generated),
         "filter/kept": len(batch),
@@ -51,12 +58,15 @@ def of_prm(scored: ScoredBatch, before: Tensor, after: Tensor | None) -> Metrics
     }
 
 
-def of_batch(batch: TrainBatch, gamma: float) -> Metrics:
+def of_batch(batch: TrainBatch, config: RunConfig) -> Metrics:
     """Returns, advantages, and how far the rollout engine is from the trainer's own policy."""
+    gamma, alarm = config.advantage.gamma, config.rollout.mismatch_alarm
     scored, rollouts = batch.scored, batch.scored.rollouts
     mask = rollouts.response_mask
     returns = metrics.return_metrics(batch.process_rewards, rollouts.outcome_rewards, mask, gamma)
     mismatch = metrics.mismatch_kl(scored.old_logprobs, rollouts.rollout_logprobs, mask)
+    if alarm is not None:  # what is no number is a cause, too
+        mismatch["mismatch_alarm"] = float(not mismatch["mismatch_kl"] <= alarm)
     inside = batch.advantages[mask]
     return {
         **{f"{_owner(name)}/{name}": value for name, value in returns.items()},

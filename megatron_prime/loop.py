@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_prime import figures
 from megatron_prime import types as t
 from megatron_prime.algorithm.advantage import prime_advantages
-from megatron_prime.algorithm.filtering import within_accuracy_window
+from megatron_prime.algorithm.filtering import passes
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import BatchNotFilled, Interrupted
-from megatron_prime.evaluation import evaluate
+from megatron_prime.evaluation import evaluate, sampling_of
 from megatron_prime.protocols import Phase, Roles
 
 
@@ -26,15 +26,15 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         roles.recorder.log(0, evaluate(config, roles) | roles.gpus.take_seconds())
     for step in range(state.step + 1, config.run.steps + 1):
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
-        scored = score(roles, t.RolloutBatch.from_groups(groups))
+        scored = score(roles, t.RolloutBatch.from_groups(groups, config.rollout.keep_partial))
         process_rewards, prm_metrics = learn_process_rewards(config, roles, scored)
         batch = with_advantages(config, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
             policy_metrics = roles.policy.update(batch)
         sync_weights(roles)
-        state = t.LoopState(step, keep_surplus(roles, surplus))
+        state = t.LoopState(step, keep_surplus(roles, surplus, config.rollout.keep_partial))
 
-        metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config.advantage.gamma)
+        metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config)
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
@@ -48,30 +48,30 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
 
 
 def collect(
-    config: RunConfig, roles: Roles, step: int, surplus: tuple[t.VerifiedGroup, ...]
-) -> tuple[list[t.VerifiedGroup], list[t.VerifiedGroup], t.Metrics]:
+    config: RunConfig, roles: Roles, step: int, surplus: t.Groups
+) -> tuple[t.Groups, t.Groups, t.Metrics]:
     """Roll out, verify, filter; again until the batch is full. Returns batch, surplus, figures."""
-    knobs, size = config.rollout, config.rollout.group_size
-    window = config.filter.min_accuracy, config.filter.max_accuracy
+    knobs, goal, window = config.rollout, config.rollout.prompts_per_step, config.filter
     kept, seen = list(surplus), list[t.VerifiedGroup]()
     with roles.gpus.phase(Phase.GENERATE):
         for round_ in range(knobs.max_rounds):
-            prompts = roles.prompts.take(knobs.prompts_per_round or knobs.prompts_per_step)
-            seed = config.sampling_seed(step, round_)
-            sampling = t.Sampling(size, knobs.temperature, knobs.max_response_length, seed)
-            rollouts = roles.engine.generate(prompts, sampling)
-            verified = roles.ranks.gather(roles.verifier.verify(rollouts), prompts)
-            passed = within_accuracy_window(t.outcome_rewards(verified), size, *window)
+            prompts = roles.prompts.take(knobs.prompts_per_round or goal)
+            missing = max(1, goal - len(kept))
+            enough = roles.ranks.tally(missing, window) if knobs.abort_surplus else None
+            rollouts = roles.engine.generate(prompts, sampling_of(config, step, round_), enough)
+            verified = roles.ranks.gather(roles.verifier.verify(rollouts, enough), prompts, enough)
+            roles.prompts.put_back(aborted := t.unanswered(prompts, verified))
             seen += verified
-            kept += [group for group, passes in zip(verified, passed, strict=True) if passes]
-            roles.recorder.progress("prompts in the window", len(kept), knobs.prompts_per_step)
-            if len(kept) >= knobs.prompts_per_step:
+            kept += [group for group in verified if passes(group, window)]
+            roles.recorder.progress("prompts in the window", len(kept), goal)
+            if len(kept) >= goal:
                 break
         else:
             raise BatchNotFilled(figures.explain_unfilled(config, step, kept, seen))
     roles.recorder.rollouts(step, seen)
-    batch = kept[: knobs.prompts_per_step]
-    return batch, kept[len(batch) :], figures.of_rollouts(seen, batch, rounds=round_ + 1)
+    batch, surplus = tuple(kept[:goal]), tuple(kept[goal:])
+    found = figures.of_rollouts(seen, batch, rounds=round_ + 1, aborted=len(aborted))
+    return batch, surplus, found | roles.engine.take_metrics()
 
 
 def score(roles: Roles, rollouts: t.RolloutBatch) -> t.ScoredBatch:
@@ -118,9 +118,9 @@ def sync_weights(roles: Roles) -> None:
             roles.engine.load_weights(roles.policy.export_weights(), roles.policy.version)
 
 
-def keep_surplus(roles: Roles, surplus: list[t.VerifiedGroup]) -> tuple[t.VerifiedGroup, ...]:
-    """Groups of the current policy serve the next step; of the others only the prompts go back."""
-    stale = [group for group in surplus if group.policy_version != roles.policy.version]
+def keep_surplus(roles: Roles, surplus: t.Groups, mixed: bool) -> t.Groups:
+    """Groups for the next step: of one policy, unless `mixed`; the others' prompts go back."""
+    stale = [g for g in surplus if not mixed and g.policy_version != roles.policy.version]
     roles.prompts.put_back([group.prompt for group in stale])
     return tuple(group for group in surplus if group not in stale)
 

@@ -75,7 +75,7 @@ class PolicyLossOptions(Section):
     """Weight of the entropy bonus (released run: 0)."""
     importance: Literal["none", "token", "sequence"] = "none"
     """Truncated importance weights for what the rollout engine's numerics differ from the
-    trainer's: of each `token`, or of a whole response (`sequence`)."""
+    trainer's: of each `token`, or of a whole response, the product of its tokens' (`sequence`)."""
     importance_cap: PositiveFloat = 2.0
     """Largest importance weight; larger ones are cut to it."""
 
@@ -104,12 +104,14 @@ class RolloutSection(Section):
     """A step whose `rollout/mismatch_kl` (nats per token between engine and trainer) is above this
     is called out; not set: none is."""
     abort_surplus: bool = False
-    """Of SGLang: end a round as soon as enough prompts have passed the filter, and put the prompts
-    that are still being answered back. It shortens the wait for the longest responses, and so
-    favours prompts with short ones."""
+    """End a round as soon as enough prompts have passed the filter, and put the prompts that are
+    still being answered back (the local engine: those it has not begun). It shortens the wait for
+    the longest responses, and so favours prompts with short ones; which prompts make it depends on
+    the clock, so two runs differ."""
     keep_partial: bool = False
     """With `abort_surplus`: keep what was sampled of the responses that were ended, and go on from
-    there in the next round; their tokens are of several policies."""
+    there in the next step; tokens, groups and batches are then of several policies, and
+    `policy.old_logprobs = "rollout"` is needed."""
     tensor_parallel_size: Positive = 1
     """Of SGLang: ranks that one server is split over."""
     groups_in_flight: Positive = 256

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_prime.config import FilterSection
 from megatron_prime.types import (
     Group,
     LoopState,
@@ -48,28 +49,44 @@ class PromptStream(Protocol):
     def put_back(self, prompts: Sequence[Prompt]) -> None: ...  # they come first in the next take
 
 
+class Tally(Protocol):
+    """Counts, over all ranks, verified groups that may train; called from any thread."""
+
+    def add(self, group: VerifiedGroup) -> None: ...  # each once, also those that don't count
+    def reached(self) -> bool: ...  # whether there are enough; stays so
+
+
 class RolloutEngine(Protocol):
     """Samples responses with the policy's weights of `version`."""
 
     version: int  # -1 before the first load_weights
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate(  # once `enough` is reached, prompts may be left unanswered
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
     ) -> Iterator[Group]: ...  # this rank's share, as they finish
+    def take_metrics(self) -> Metrics: ...  # over all ranks, since the last call; collective
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None: ...
 
 
 class Verifier(Protocol):
     """Scores rollouts while the iterable still produces them."""
 
-    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]: ...  # this rank's
+    def verify(  # `enough` is told each group as soon as its last check is done
+        self, groups: Iterable[Group], enough: Tally | None = None
+    ) -> list[VerifiedGroup]: ...  # this rank's
 
 
 class Ranks(Protocol):
-    """The one collective the loop needs."""
+    """What the loop needs of the other ranks."""
 
-    def gather(  # all ranks' groups, in the order of `prompts`
-        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+    def tally(self, goal: int, window: FilterSection) -> Tally: ...  # a new one, at 0; collective
+
+    # All ranks' groups, in the order of `prompts`: one for each, unless `enough` is reached.
+    def gather(
+        self,
+        groups: Sequence[VerifiedGroup],
+        prompts: Sequence[Prompt],
+        enough: Tally | None = None,
     ) -> list[VerifiedGroup]: ...
 
 

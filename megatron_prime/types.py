@@ -39,6 +39,14 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """So many tokens in a row, sampled by one policy."""
+
+    tokens: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response; `response_ids` ends with the end-of-sequence token unless cut."""
 
@@ -49,6 +57,22 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     policy_version: int
     text: str  # the decoded response, without special tokens
+    older_spans: tuple[VersionSpan, ...] = ()  # its first tokens, if earlier policies sampled them
+
+    def __post_init__(self) -> None:
+        """ValueError if the older spans leave no token to `policy_version`."""
+        older = sum(span.tokens for span in self.older_spans)
+        if self.older_spans and older >= len(self.response_ids):
+            raise ValueError(
+                f"found older_spans of {older} tokens in a response of {len(self.response_ids)}, "
+                "wanted fewer: its last token is of policy_version"
+            )
+
+    @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """Which policy sampled which tokens: spans that cover the whole response, in order."""
+        rest = len(self.response_ids) - sum(span.tokens for span in self.older_spans)
+        return (*self.older_spans, VersionSpan(rest, self.policy_version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +99,26 @@ class VerifiedGroup:
 
     @property
     def policy_version(self) -> int:
-        """The version all rollouts were sampled with.
+        """The version all tokens of all rollouts were sampled with.
 
         ValueError if they differ, for leave-one-out needs one policy.
         """
-        versions = {rollout.policy_version for rollout in self.rollouts}
+        versions = {span.version for rollout in self.rollouts for span in rollout.versions}
         if len(versions) != 1:
             raise ValueError(
-                f"prompt {self.prompt.prompt_id}: rollouts of policy versions {sorted(versions)} "
-                "in one group"
+                f"prompt {self.prompt.prompt_id}: tokens of policy versions {sorted(versions)} "
+                "in one group; only rollout.keep_partial mixes them"
             )
         return versions.pop()
+
+
+Groups = tuple[VerifiedGroup, ...]
+
+
+def unanswered(prompts: Sequence[Prompt], groups: Sequence[VerifiedGroup]) -> list[Prompt]:
+    """The prompts without a group, in their order."""
+    answered = {group.prompt.prompt_id for group in groups}
+    return [prompt for prompt in prompts if prompt.prompt_id not in answered]
 
 
 def outcome_rewards(groups: Sequence[VerifiedGroup]) -> Tensor:
@@ -118,12 +151,12 @@ class RolloutBatch:
     rollout_logprobs: Tensor  # float32 [N, T], 0 on padding
 
     @classmethod
-    def from_groups(cls, groups: Sequence[VerifiedGroup]) -> RolloutBatch:
-        """Flatten verified groups of equal size, all of one policy version.
+    def from_groups(cls, groups: Sequence[VerifiedGroup], mixed: bool = False) -> RolloutBatch:
+        """Flatten verified groups of equal size, all of one policy version unless `mixed`.
 
         Raises ValueError when they are of several: leave-one-out compares rollouts of one policy.
         """
-        if len(versions := {group.policy_version for group in groups}) != 1:
+        if not mixed and len(versions := {group.policy_version for group in groups}) != 1:
             raise ValueError(f"found groups of policy versions {sorted(versions)} in one batch")
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
@@ -196,4 +229,4 @@ class LoopState:
     """Where a run stands between two steps; what a checkpoint keeps beside the models."""
 
     step: int = 0  # steps done
-    surplus: tuple[VerifiedGroup, ...] = ()  # groups that passed the filter and were not needed
+    surplus: Groups = ()  # groups that passed the filter and were not needed

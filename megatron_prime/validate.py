@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import precision_rules
+from megatron_prime import precision_rules, rollout_rules
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
@@ -74,6 +74,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             "advantage.process_weight, advantage.outcome_weight: found 0 for both, wanted one "
             "above 0: all advantages would be 0"
         )
+    yield from rollout_rules.problems(config)
     yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
     yield from _batches(config, "policy", config.policy, world_size)
     if config.uses_prm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def group(
     return VerifiedGroup(prompt, rollouts, tuple(rewards), failures)
 
 
+def config(**knobs: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {"run": {"folder": "r"}, "model": {"hf": "m"}, "data": {"train": "t"}, **knobs}
+    )
+
+
 EASY = group([1, 1, 1, 0], [2, 2, 3, 1])
 HARD = group([0, 0, 0, 0], [5, 7, 4, 8], cut=2, failures=3, number=1)
 MIDDLING = group([1, 0], [2, 3])
@@ -57,6 +64,7 @@ def test_generated_and_kept_are_told_apart() -> None:
         "rollout/tokens": 32,
         "rollout/truncation_rate": 2 / 8,
         "rollout/rounds": 3,
+        "rollout/aborted": 0,
         "verify/failures": 3,
         "filter/generated": 2,
         "filter/kept": 1,
@@ -107,7 +115,7 @@ def test_returns_advantages_and_mismatch() -> None:
     process = torch.tensor([[0.2, 0.4, NAN], [-0.8, 0.0, 0.4]])
     advantages = torch.tensor([[1.0, 2.0, NAN], [3.0, 4.0, 5.0]])
     batch = TrainBatch(ScoredBatch(batch.rollouts, old, batch.ref_logprobs), process, advantages)
-    found = figures.of_batch(batch, gamma=0.5)
+    found = figures.of_batch(batch, config(advantage={"gamma": 0.5}))
     # Returns-to-go 0.2 + 0.2, 0.4 | -0.8 + 0 + 0.1, 0 + 0.2, 0.4 and outcomes 1, 1 | 0, 0, 0.
     returns = torch.tensor([0.4, 0.4, -0.7, 0.2, 0.4])
     outcomes = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
@@ -121,6 +129,7 @@ def test_returns_advantages_and_mismatch() -> None:
         "policy/outcome_return_abs_max": 1.0,
         "rollout/mismatch_kl": sum(math.exp(gap) - 1 - gap for gap in gaps) / 5,
         "rollout/mismatch_max": 2.0,
+        "rollout/mismatch_alarm": 1.0,  # of 0.05
         "policy/advantage_mean": 3.0,
         "policy/advantage_std": math.sqrt(2.5),
     }
@@ -129,10 +138,24 @@ def test_returns_advantages_and_mismatch() -> None:
 
 def test_without_process_rewards_nothing_is_said_of_a_prm() -> None:
     batch = scored(MIDDLING, ref=None)
-    found = figures.of_batch(TrainBatch(batch, None, torch.ones(2, 3)), gamma=1.0)
+    found = figures.of_batch(TrainBatch(batch, None, torch.ones(2, 3)), config())
     assert not [name for name in found if name.startswith("prm/")]
     assert found["policy/outcome_return_mean"] == pytest.approx(2 / 5)
     assert found["policy/advantage_std"] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "threshold", "alarm"), [(-1.5, 0.2, 0.0), (-1.5, 0.1, 1.0), (NAN, 9.0, 1.0)]
+)
+def test_the_alarm_is_for_a_mismatch_above_the_threshold(
+    old: float, threshold: float, alarm: float
+) -> None:
+    """The engine's log-probs are -1: with the trainer's at -1.5 the k3 estimate is 0.1065."""
+    batch = TrainBatch(scored(MIDDLING, old=old), None, torch.ones(2, 3))
+    found = figures.of_batch(batch, config(rollout={"mismatch_alarm": threshold}))
+    assert found["rollout/mismatch_alarm"] == alarm
+    silent = figures.of_batch(batch, config(rollout={"mismatch_alarm": None}))
+    assert found.keys() - silent.keys() == {"rollout/mismatch_alarm"}
 
 
 def test_seconds_are_summed_and_tokens_counted_per_second_of_generation() -> None:
@@ -149,18 +172,13 @@ def test_seconds_are_summed_and_tokens_counted_per_second_of_generation() -> Non
 
 
 def test_who_can_not_fill_a_batch_is_told_why_and_the_window_is_inclusive() -> None:
-    config = RunConfig.model_validate(
-        {
-            "run": {"folder": "unused"},
-            "model": {"hf": "unused"},
-            "data": {"train": "unused"},
-            "rollout": {"prompts_per_step": 6, "max_rounds": 2},
-            "filter": {"min_accuracy": 0.25, "max_accuracy": 0.75},
-        }
+    knobs = config(
+        rollout={"prompts_per_step": 6, "max_rounds": 2},
+        filter={"min_accuracy": 0.25, "max_accuracy": 0.75},
     )
     all_right, one_right = group([1, 1, 1, 1], [1] * 4), group([1, 0, 0, 0], [1] * 4)
     seen = [EASY, HARD, HARD, all_right, one_right]  # accuracies 0.75, 0, 0, 1, 0.25
-    message = figures.explain_unfilled(config, 7, [EASY, one_right], seen)
+    message = figures.explain_unfilled(knobs, 7, [EASY, one_right], seen)
     assert message.startswith(
         "step 7: only 2 of 6 prompts passed the accuracy window [0.25, 0.75] in 2 rounds: of 5 "
         "prompts, 2 were too hard and 1 too easy (mean accuracy 0.400). "

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_prime.config import RunConfig
+from megatron_prime.algorithm.filtering import passes
+from megatron_prime.config import FilterSection, RunConfig
+from megatron_prime.data.prompts import PromptStream
 from megatron_prime.errors import BatchNotFilled, Interrupted
 from megatron_prime.loop import run
-from megatron_prime.protocols import Phase, Roles
+from megatron_prime.protocols import Phase, Roles, Tally
 from megatron_prime.types import (
     Group,
     LoopState,
@@ -24,6 +27,8 @@ from megatron_prime.types import (
     TrainBatch,
     VerifiedGroup,
 )
+
+ROLLOUT = Rollout((7, 8, 9), (-1.0, -1.0, -1.0), "stop", 0, "789")
 
 
 class Fake:
@@ -41,6 +46,7 @@ class Fake:
         self.next_id = 0
         self.prm_logprobs = iter(torch.linspace(-2, -1, 50))
         self.trained_on: list[TrainBatch] = []
+        self.goals: list[int] = []  # of the tallies
         self.asked_to_end: Iterator[str | None] = iter([None] * 50)
 
     # PromptStream
@@ -56,20 +62,31 @@ class Fake:
         self.returned += [prompt.prompt_id for prompt in prompts]
 
     # Verifier and Ranks
-    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]:
+    def verify(self, groups: Iterable[Group], enough: Tally | None = None) -> list[VerifiedGroup]:
         verified = []
         for group in groups:
             samples = len(group.rollouts)
             right = round(samples * self.accuracies[group.prompt.prompt_id % len(self.accuracies)])
             rewards = (1.0,) * right + (0.0,) * (samples - right)
             verified.append(VerifiedGroup(group.prompt, group.rollouts, rewards, 0))
+            if enough is not None:
+                enough.add(verified[-1])
         return verified
 
+    def tally(self, goal: int, window: FilterSection) -> Tally:
+        self.goals.append(goal)
+        return FakeTally(goal, window)
+
     def gather(
-        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+        self,
+        groups: Sequence[VerifiedGroup],
+        prompts: Sequence[Prompt],
+        enough: Tally | None = None,
     ) -> list[VerifiedGroup]:
-        assert [g.prompt for g in groups] == list(prompts)
-        return list(groups)
+        found = {group.prompt: group for group in groups}
+        assert len(found) == len(groups)
+        assert found.keys() == set(prompts) or (enough is not None and enough.reached())
+        return [found[prompt] for prompt in prompts if prompt in found]
 
     # Scheduler, Recorder, Checkpoints
     @contextmanager
@@ -96,15 +113,37 @@ class Fake:
         return next(self.asked_to_end)
 
 
+class FakeTally:
+    """Of one rank."""
+
+    def __init__(self, goal: int, window: FilterSection) -> None:
+        self.missing, self.window = goal, window
+
+    def add(self, group: VerifiedGroup) -> None:
+        self.missing -= passes(group, self.window)
+
+    def reached(self) -> bool:
+        return self.missing <= 0
+
+
 class FakeEngine:
+    """Answers every other prompt first, as if the others took longer."""
+
     def __init__(self, fake: Fake) -> None:
         self.fake, self.version = fake, -1
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
+    ) -> Iterator[Group]:
         self.fake.samplings.append(sampling)
-        for prompt in prompts:
+        for prompt in [*prompts[::2], *prompts[1::2]]:
+            if enough is not None and enough.reached():
+                return
             rollout = Rollout((7, 8, 9), (-1.0, -1.0, -1.0), "stop", self.version, "789")
             yield Group(prompt, (rollout,) * sampling.samples)
+
+    def take_metrics(self) -> dict[str, float]:
+        return {"rollout/of_the_engine": 3.0}
 
     def load_weights(self, weights: Any, version: int) -> None:
         self.fake.trace.append(f"load v{version}")
@@ -134,7 +173,13 @@ class FakeModel:
         return PrmUpdate(torch.full(batch.rollouts.response_mask.shape, -0.9), {"prm/loss": 0.7})
 
 
-def play(fake: Fake, state: LoopState | None = None, with_prm: bool = True, **knobs: Any) -> None:
+def play(
+    fake: Fake,
+    state: LoopState | None = None,
+    with_prm: bool = True,
+    prompts: PromptStream | None = None,
+    **knobs: Any,
+) -> None:
     policy = FakeModel(fake, "policy", -1.0)
     config = RunConfig.model_validate(
         {
@@ -149,7 +194,7 @@ def play(fake: Fake, state: LoopState | None = None, with_prm: bool = True, **kn
     start = state or LoopState()
     policy.version = start.step
     roles = Roles(
-        prompts=fake,
+        prompts=prompts or fake,
         engine=FakeEngine(fake),
         verifier=fake,
         ranks=fake,
@@ -237,12 +282,109 @@ def test_a_resumed_run_repeats_nothing() -> None:
     assert sorted(fake.logged) == [3]
 
 
-def test_mixed_versions_in_one_group_are_refused() -> None:
-    old = Rollout((7,), (-1.0,), "stop", 3, "7")
-    new = Rollout((7,), (-1.0,), "stop", 4, "7")
-    group = VerifiedGroup(Prompt(5, (1,), "4", "math", "fake"), (old, new), (0.0, 1.0), 0)
-    with pytest.raises(ValueError, match=r"prompt 5.*\[3, 4\]"):
-        _ = group.policy_version
+def test_the_engines_figures_are_logged() -> None:
+    fake = Fake([0.5])
+    play(fake)
+    assert fake.logged[1]["rollout/of_the_engine"] == 3.0
+    assert fake.logged[1]["rollout/aborted"] == 0
+    assert fake.goals == [], "nobody counts unless a round may be ended"
+
+
+def test_a_round_ends_when_enough_prompts_have_passed() -> None:
+    """Of six prompts 0, 2, 4 come first; 2 does not pass, 0 and 4 are enough."""
+    fake = Fake([0.5, 0.5, 1.0, 0.5])
+    play(fake, rollout={"prompts_per_step": 2, "prompts_per_round": 6, "abort_surplus": True})
+    assert fake.goals == [2]
+    assert fake.recorded[1] == [0, 2, 4]
+    assert fake.returned == [1, 3, 5], "in their order"
+    figures = fake.logged[1]
+    assert (figures["filter/generated"], figures["rollout/aborted"]) == (3, 3)
+    assert figures["rollout/accuracy"] == pytest.approx(2 / 3)
+
+
+def test_each_round_counts_what_is_missing_still() -> None:
+    """Every second prompt is too easy: two rounds of two, then one of which half is needed."""
+    fake = Fake([0.5, 1.0])
+    rollout = {"prompts_per_step": 3, "prompts_per_round": 2, "abort_surplus": True}
+    play(fake, rollout=rollout, policy={"mini_batch_size": 12}, prm={"mini_batch_size": 12})
+    assert fake.goals == [3, 2, 1]
+    assert fake.recorded[1] == [0, 1, 2, 3, 4]
+    assert fake.returned == [5]
+
+
+def test_a_surplus_that_fills_the_batch_still_leaves_a_round_to_be_seen() -> None:
+    """Updates that fail keep the version, so a surplus of rounds far too large stays."""
+    fake = Fake([0.5], updates=False)
+    surplus = tuple(
+        VerifiedGroup(prompt, (ROLLOUT,) * 4, (0.0, 1.0, 0.0, 1.0), 0) for prompt in fake.take(3)
+    )
+    rollout = {"prompts_per_step": 2, "prompts_per_round": 4, "abort_surplus": True}
+    play(fake, LoopState(0, surplus), rollout=rollout)
+    assert fake.goals == [1]
+    assert fake.recorded[1] == [3]
+    assert fake.returned == [4, 5, 6]
+    assert [group.prompt.prompt_id for group in fake.saved[0].surplus] == [2, 3]
+
+
+@pytest.mark.parametrize("keep_partial", [False, True])
+def test_no_prompt_is_lost_or_counted_twice(keep_partial: bool) -> None:
+    """Five steps on a real stream: each prompt of the epoch is recorded once or waits its turn."""
+    prompts = [Prompt(i, (1, 2, i), "4", "math", "fake") for i in range(40)]
+    knobs = {
+        "rollout": {
+            "prompts_per_step": 2,
+            "prompts_per_round": 7,
+            "abort_surplus": True,
+            "keep_partial": keep_partial,
+        },
+        "policy": {"old_logprobs": "rollout"},
+        "checkpoint": {"every": 1},
+    }
+    fake, stream = Fake([0.5, 1.0, 0.5]), PromptStream(prompts, seed=3)
+    play(fake, prompts=stream, run={"folder": "unused", "steps": 5}, **knobs)
+    answered = [prompt_id for step in range(1, 6) for prompt_id in fake.recorded[step]]
+    assert len(set(answered)) == len(answered)
+    state = stream.state_dict()
+    order = [prompt.prompt_id for prompt in PromptStream(prompts, seed=3).take(state["cursor"])]
+    assert sorted(answered + state["put_back"]) == sorted(order)
+    assert state["put_back"] == [i for i in order if i not in answered], "and in the old order"
+
+    # Resumed from its state after three steps, the stream and the loop do the same.
+    halves = Fake([0.5, 1.0, 0.5]), Fake([0.5, 1.0, 0.5])
+    first, second = PromptStream(prompts, seed=3), PromptStream(prompts, seed=3)
+    play(halves[0], prompts=first, run={"folder": "unused", "steps": 3}, **knobs)
+    second.load_state_dict(first.state_dict())
+    (state_3,) = (state for state in halves[0].saved if state.step == 3)
+    play(halves[1], state_3, prompts=second, run={"folder": "unused", "steps": 5}, **knobs)
+    assert {**halves[0].recorded, **halves[1].recorded} == fake.recorded
+    assert second.state_dict() == state
+
+
+def test_surplus_of_an_older_policy_serves_a_run_that_mixes_them() -> None:
+    """Step 1 leaves prompt 3, of version 0; step 2 trains on it and on 4 and leaves 5."""
+    fake = Fake([0.5, 1.0, 0.5, 0.5, 0.5, 0.5])
+    rollout = {"prompts_per_step": 2, "keep_partial": True}
+    play(fake, rollout=rollout, run={"folder": "unused", "steps": 2}, checkpoint={"every": 1})
+    assert fake.returned == []
+    assert fake.recorded == {1: [0, 1, 2, 3], 2: [4, 5]}, "prompt 3 was not asked again"
+    left = [[(g.prompt.prompt_id, g.policy_version) for g in s.surplus] for s in fake.saved]
+    assert left == [[(3, 0)], [(5, 1)]]
+    assert len(fake.trained_on[1].scored.rollouts.sequences) == 8
+
+
+def test_a_batch_of_two_policies_is_refused_unless_it_was_asked_for() -> None:
+    groups = [
+        VerifiedGroup(
+            Prompt(number, (1,), "4", "math", "fake"),
+            (replace(ROLLOUT, policy_version=number),) * 2,
+            (0.0, 1.0),
+            0,
+        )
+        for number in (3, 4)
+    ]
+    with pytest.raises(ValueError, match=r"policy versions \[3, 4\] in one batch"):
+        RolloutBatch.from_groups(groups)
+    assert len(RolloutBatch.from_groups(groups, mixed=True).sequences) == 4
 
 
 def test_the_loop_stays_readable() -> None:

@@ -162,6 +162,24 @@ IMPOSSIBLE = {
         "megatron.expert_model_parallel_size",
         "found 2, not supported \\(only dense",
     ),
+    "weights twice": (
+        {"policy": {"old_logprobs": "rollout", "loss": {"importance": "token"}}},
+        None,
+        "policy.loss.importance",
+        'found "token" with policy.old_logprobs = "rollout"',
+    ),
+    "tokens of older policies": (
+        {"rollout": {"keep_partial": True, "abort_surplus": True}},
+        None,
+        "policy.old_logprobs",
+        'found "trainer" with rollout.keep_partial, wanted "rollout"',
+    ),
+    "nothing that could be kept": (
+        {"rollout": {"keep_partial": True}, "policy": {"old_logprobs": "rollout"}},
+        None,
+        "rollout.keep_partial",
+        "found true without rollout.abort_surplus",
+    ),
     "fp8 shape": (
         {"precision": {"reference": {"fp8": "e4m3"}}, "megatron": {TENSOR: 4}},
         4,
@@ -188,6 +206,12 @@ def test_each_impossible_combination_names_its_knob(config, changes, world_size,
         check(config(**changes), "train", world_size)
     lines = [line for line in str(raised.value).splitlines() if knob in line.partition(": ")[0]]
     assert lines, f"no line names {knob}"
+
+
+def test_partial_responses_are_kept_by_a_run_that_is_made_for_it(config):
+    rollout = {"keep_partial": True, "abort_surplus": True}
+    assert problems(config(rollout=rollout, policy={"old_logprobs": "rollout"})) == []
+    assert problems(config(policy={"loss": {"importance": "sequence"}})) == []
 
 
 def test_number_formats_matter_where_their_model_is_built(config, tmp_path):

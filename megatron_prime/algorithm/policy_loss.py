@@ -25,11 +25,13 @@ def clipped_policy_loss(
     advantages: Tensor,
     response_mask: Tensor,
     options: PolicyLossOptions,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Scalar mean of max(-A ratio, -A clip(ratio)), ratio = exp(logprobs - old_logprobs).
+    """Scalar mean of w max(-A ratio, -A clip(ratio)), ratio = exp(logprobs - old_logprobs).
 
-    All inputs are [N, T]; only `logprobs` receives a gradient. To split a mini-batch, weight each
-    part's loss with its share of the rows (`seq_mean_token_mean`) or of the tokens (`token_mean`).
+    All inputs are [N, T]; only `logprobs` receives a gradient. The `weights` w are those of
+    `algorithm/importance.py`; without them all are 1. To split a mini-batch, weight each part's
+    loss with its share of the rows (`seq_mean_token_mean`) or of the tokens (`token_mean`).
     The entropy bonus is not part of it. Raises ValueError for shapes that differ and empty
     responses.
     """
@@ -37,7 +39,11 @@ def clipped_policy_loss(
     unclipped, clipped = surrogate_losses(
         logprobs, old_logprobs, advantages, response_mask, options.clip
     )
-    return aggregate(torch.maximum(unclipped, clipped), response_mask, options.aggregation)
+    losses = torch.maximum(unclipped, clipped)
+    if weights is not None:
+        check_tokens(response_mask, weights=weights)
+        losses = losses * zero_padding(weights.detach(), response_mask)
+    return aggregate(losses, response_mask, options.aggregation)
 
 
 def aggregate(

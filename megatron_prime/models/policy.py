@@ -1,13 +1,19 @@
-"""The policy: the model that reinforcement learning trains."""
+"""The policy: the model that reinforcement learning trains.
+
+Its ratio starts from the trainer's own log-probs of before the update, or from the engine's at the
+moment of sampling (`policy.old_logprobs`); the trainer's may be weighted with what it differs from
+the engine (`policy.loss.importance`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_prime.algorithm.importance import importance_metrics, importance_weights
 from megatron_prime.algorithm.metrics import policy_metrics
 from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
 from megatron_prime.config import PolicySection
@@ -51,22 +57,36 @@ class MegatronPolicy:
                 metrics.append((part, self._metrics(batch, rows, step)))
         self.version += any(step.updated for step in steps)
         scaling = loss_scaling("policy", self.engine.precision, steps)
-        return combine(metrics) | {"policy/lr": rate} | scaling | self.guard.end_update(len(steps))
+        found = combine(metrics) | {"policy/lr": rate} | scaling | self._importance_metrics(batch)
+        return found | self.guard.end_update(len(steps))
 
     def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""
-        return partial(self._loss, batch, part)
+        rollouts, options = batch.scored.rollouts, self.knobs.loss
+        constants = [self._start_of(batch), batch.advantages, rollouts.response_mask]
+        if options.importance != "none":
+            constants.append(
+                importance_weights(
+                    batch.scored.old_logprobs,
+                    rollouts.rollout_logprobs,
+                    rollouts.response_mask,
+                    options.importance,
+                    options.importance_cap,
+                )
+            )
+        return partial(self._loss, part, constants)
 
-    def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
+    def _start_of(self, batch: TrainBatch) -> Tensor:
+        """The log-probs [N, T] that the clipped ratio is 1 at."""
+        if self.knobs.old_logprobs == "rollout":
+            return batch.scored.rollouts.rollout_logprobs
+        return batch.scored.old_logprobs
+
+    def _loss(self, part: MiniBatch, constants: Sequence[Tensor], forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""
         options = self.knobs.loss
-        old, advantages, mask = part.cut(
-            forward,
-            batch.scored.old_logprobs,
-            batch.advantages,
-            batch.scored.rollouts.response_mask,
-        )
-        loss = clipped_policy_loss(forward.logprobs, old, advantages, mask, options)
+        old, advantages, mask, *weights = part.cut(forward, *constants)
+        loss = clipped_policy_loss(forward.logprobs, old, advantages, mask, options, *weights)
         if options.entropy_coefficient:
             entropy = aggregate(forward.entropy, mask, options.aggregation)
             loss = loss - options.entropy_coefficient * entropy
@@ -74,13 +94,26 @@ class MegatronPolicy:
 
     def _metrics(self, batch: TrainBatch, rows: Tensor, step: StepResult) -> Metrics:
         mask = batch.scored.rollouts.response_mask[rows]
-        old, advantages = batch.scored.old_logprobs[rows], batch.advantages[rows]
+        old, advantages = self._start_of(batch)[rows], batch.advantages[rows]
         moved = policy_metrics(step.logprobs[rows], old, advantages, mask, self.knobs.loss)
         return {f"policy/{name}": value for name, value in moved.items()} | {
             "policy/loss": step.loss,
             "policy/grad_norm": step.grad_norm,
             "policy/entropy": step.entropy[rows][mask].mean().item(),
         }
+
+    def _importance_metrics(self, batch: TrainBatch) -> Metrics:
+        rollouts, options = batch.scored.rollouts, self.knobs.loss
+        if options.importance == "none":
+            return {}
+        found = importance_metrics(
+            batch.scored.old_logprobs,
+            rollouts.rollout_logprobs,
+            rollouts.response_mask,
+            options.importance,
+            options.importance_cap,
+        )
+        return {f"policy/{name}": value for name, value in found.items()}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in Hugging Face names on every rank; collective."""

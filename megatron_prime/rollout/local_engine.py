@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prime.config import ConfigError
+from megatron_prime.protocols import Tally
 from megatron_prime.rollout.decoding import Request, decode
-from megatron_prime.types import Group, Prompt, Rollout, Sampling
+from megatron_prime.types import Group, Metrics, Prompt, Rollout, Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,11 +103,17 @@ class LocalEngine:
             )
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def take_metrics(self) -> Metrics:
+        """None: nothing happens here that a run would have to be told."""
+        return {}
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
+    ) -> Iterator[Group]:
         """Groups for prompts[rank::world_size], each as soon as its last response is decoded.
 
-        Raises RuntimeError without loaded weights, ValueError for a prompt without tokens; both
-        at once, not at the first group.
+        No batch begins any more once `enough` is reached. Raises RuntimeError without loaded
+        weights, ValueError for a prompt without tokens; both at once, not at the first group.
         """
         if self.version < 0:
             raise RuntimeError(
@@ -116,9 +123,11 @@ class LocalEngine:
         for prompt in share:
             if not prompt.token_ids:
                 raise ValueError(f"generate: prompt {prompt.prompt_id} has no tokens to continue")
-        return self._groups(share, sampling)
+        return self._groups(share, sampling, enough)
 
-    def _groups(self, share: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def _groups(
+        self, share: Sequence[Prompt], sampling: Sampling, enough: Tally | None
+    ) -> Iterator[Group]:
         count = sampling.samples
         requests = [Request(prompt, sample) for prompt in share for sample in range(count)]
         whole_groups = self.batch_size // count * count
@@ -126,6 +135,8 @@ class LocalEngine:
         waiting: list[Rollout] = []
         prompts = iter(share)
         for start in range(0, len(requests), size):
+            if enough is not None and enough.reached():
+                return
             waiting += self._rollouts(requests[start : start + size], sampling)
             while len(waiting) >= count:
                 yield Group(next(prompts), tuple(waiting[:count]))

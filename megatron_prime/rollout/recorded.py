@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
+from megatron_prime.protocols import Tally
 from megatron_prime.runtime.rollout_files import RolloutFileError, read_steps
-from megatron_prime.types import Group, Prompt, Sampling, VerifiedGroup
+from megatron_prime.types import Group, Metrics, Prompt, Sampling, VerifiedGroup
 
 
 class RecordedRollouts:
@@ -65,8 +66,17 @@ class RecordedRollouts:
             pass
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        """The recorded groups of this rank's share; ConfigError if they are of another size."""
+    def take_metrics(self) -> Metrics:
+        """None: nothing is generated."""
+        return {}
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
+    ) -> Iterator[Group]:
+        """The recorded groups of this rank's share; ConfigError if they are of another size.
+
+        All of them, whatever is `enough`: playing them back takes no time.
+        """
         for prompt in prompts[self.rank :: self.world_size]:
             group = self._taken[prompt.prompt_id]
             if len(group.rollouts) != sampling.samples:
@@ -74,12 +84,19 @@ class RecordedRollouts:
                     f"rollout.group_size: found {sampling.samples}, but {self.folder} was recorded "
                     f"with {len(group.rollouts)}; set it to that"
                 )
-            now = (replace(rollout, policy_version=self.version) for rollout in group.rollouts)
+            now = (
+                replace(rollout, policy_version=self.version, older_spans=())
+                for rollout in group.rollouts
+            )
             yield Group(prompt, tuple(now))
 
-    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]:
+    def verify(self, groups: Iterable[Group], enough: Tally | None = None) -> list[VerifiedGroup]:
         """The recorded outcome rewards."""
-        return [
+        verified = [
             replace(self._taken[group.prompt.prompt_id], rollouts=group.rollouts)
             for group in groups
         ]
+        if enough is not None:
+            for group in verified:
+                enough.add(group)
+        return verified

@@ -44,6 +44,18 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     return "  ".join([count, *figures, left]).rstrip()
 
 
+def mismatch_line(step: int, metrics: Mapping[str, float], threshold: float) -> str:
+    """What to say of a step whose rollouts the trainer gives other probabilities than the engine
+    had sampled them with."""
+    return (
+        f"warning: step {step}: rollout/mismatch_kl is {metrics['rollout/mismatch_kl']:.3g} nats "
+        f"per token, above rollout.mismatch_alarm = {threshold:g}: the engine samples from another "
+        "policy than is trained. Look at its curve (a jump: the last weight sync; a slow rise: "
+        "numerics), at rollout/mismatch_max, and at the number formats of [precision.policy] and "
+        "of the engine; policy.loss.importance weighs a small one out"
+    )
+
+
 class TimeLeft:
     """Estimates the rest of a run from its last 20 steps."""
 

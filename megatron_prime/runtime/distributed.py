@@ -17,7 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed.distributed_c10d import Store
 
-from megatron_prime.config import ConfigError, ParallelSizes
+from megatron_prime.algorithm.filtering import passes
+from megatron_prime.config import ConfigError, FilterSection, ParallelSizes
+from megatron_prime.protocols import Tally
 from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.types import Prompt, VerifiedGroup
@@ -87,33 +89,71 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+class StoreTally:
+    """The `Tally` role: a number in the store that all ranks reach."""
+
+    def __init__(self, store: Store, key: str, goal: int, window: FilterSection) -> None:
+        self._store, self._key, self._goal, self._window = store, key, goal, window
+
+    def add(self, group: VerifiedGroup) -> None:
+        """Count the group if it passes the accuracy window."""
+        if passes(group, self._window):
+            self._store.add(self._key, 1)
+
+    def reached(self) -> bool:
+        """Whether all ranks together have come to the goal."""
+        return int(self._store.add(self._key, 0)) >= self._goal
+
+
 class WorldRanks:
     """The `Ranks` role: which process this is, and gathering from all the others."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, store: Store | None = None) -> None:
+        """`store`: where the ranks count together; one process alone needs none."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
         # Objects and flags are on the host: gloo, also beside NCCL.
         self._objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._store = store
+        if store is None and self.world_size == 1:
+            self._store = dist.HashStore()  # type: ignore[attr-defined]
+        self._tallies = 0
+
+    def tally(self, goal: int, window: FilterSection) -> StoreTally:
+        """A count from 0 to `goal` of groups that pass; all ranks ask for it, in the same order."""
+        assert self._store is not None, "several ranks count together in the store they met in"
+        self._tallies += 1  # a key that no earlier count has used
+        return StoreTally(self._store, f"tally_{self._tallies}", goal, window)
 
     def gather(
-        self, groups: Sequence[VerifiedGroup], prompts: Sequence[Prompt]
+        self,
+        groups: Sequence[VerifiedGroup],
+        prompts: Sequence[Prompt],
+        enough: Tally | None = None,
     ) -> list[VerifiedGroup]:
         """All ranks' groups, the same list everywhere, in the order of `prompts`.
 
-        Raises RuntimeError if they are not one group per prompt.
+        Raises RuntimeError if they are not one group per prompt; without those that are missing
+        only if `enough` is reached.
         """
         per_rank: list[list[VerifiedGroup]] = [[]] * self.world_size
         dist.all_gather_object(per_rank, list(groups), group=self._objects)
         found = {group.prompt.prompt_id: group for part in per_rank for group in part}
         wanted = [prompt.prompt_id for prompt in prompts]
-        if sorted(found) != sorted(wanted) or sum(map(len, per_rank)) != len(wanted):
+        count = sum(map(len, per_rank))
+        # Nobody adds to the tally any more: what it says now is the same on all ranks.
+        may_miss = enough is not None and enough.reached()
+        if (
+            len(found) != count
+            or found.keys() - set(wanted)
+            or not (may_miss or count == len(wanted))
+        ):
             raise RuntimeError(
-                f"gathered {sum(map(len, per_rank))} groups for {len(wanted)} prompts: the ranks "
-                "of the rollout engine must answer each prompt once"
+                f"gathered {count} groups of {len(found)} prompts for {len(wanted)} prompts: the "
+                "ranks of the rollout engine must answer each prompt once"
             )
-        return [found[prompt_id] for prompt_id in wanted]
+        return [found[prompt_id] for prompt_id in wanted if prompt_id in found]
 
     def largest(self, number: int) -> int:
         """The largest `number` of all ranks."""

@@ -18,7 +18,7 @@ from typing import Self
 
 from megatron_prime.errors import RunError
 from megatron_prime.protocols import Phase
-from megatron_prime.runtime.console import TimeLeft, open_display, step_line
+from megatron_prime.runtime.console import TimeLeft, mismatch_line, open_display, step_line
 from megatron_prime.runtime.rollout_files import write_step
 from megatron_prime.types import Metrics, VerifiedGroup
 
@@ -39,13 +39,15 @@ class RunRecorder:
         rank: int,
         resume_step: int = 0,
         save_rollouts: bool = False,
+        mismatch_alarm: float | None = None,
     ) -> None:
         """Write into `folder`; `resume_step` steps are done already, 0 starts afresh.
 
         A fresh start moves an older metrics.jsonl to metrics.previous.jsonl and, if it saves its
         rollouts, older ones to rollouts.previous. Raises MetricsError if the file to be continued
-        is damaged.
+        is damaged. `mismatch_alarm`: what is said of a step that `rollout/mismatch_alarm` marks.
         """
+        self._mismatch_alarm = mismatch_alarm
         self._last_step = resume_step or -1
         self._total_steps = total_steps
         self._outputs = Outputs(folder, total_steps, resume_step) if rank == 0 else None
@@ -71,6 +73,9 @@ class RunRecorder:
         self._last_step = step
         if self._outputs and metrics:
             self._outputs.log(step, metrics)
+            if metrics.get("rollout/mismatch_alarm"):
+                assert self._mismatch_alarm is not None, "whoever computes it has the threshold"
+                self._outputs.display.say(mismatch_line(step, metrics, self._mismatch_alarm))
 
     def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None:
         """Keep a step's groups in `rollouts/`, if the run was asked to."""

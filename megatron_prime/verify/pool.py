@@ -12,6 +12,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 import megatron_prime
+from megatron_prime.protocols import Tally
 from megatron_prime.runtime.signals import block_stop_signals
 from megatron_prime.types import Group, VerifiedGroup
 from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
@@ -55,17 +57,22 @@ class VerifierPool:
             self.close()
             raise
 
-    def verify(self, groups: Iterable[Group]) -> list[VerifiedGroup]:
+    def verify(self, groups: Iterable[Group], enough: Tally | None = None) -> list[VerifiedGroup]:
         """Score all rollouts, each from the moment its group comes out of `groups`; order is kept.
 
-        Raises ValueError for an ability without a checker, RuntimeError if workers can't be
-        started, and whatever `groups` raises; the pool can be used again after it.
+        `enough` gets each group as soon as its last check is done, in a thread of the pool. Raises
+        ValueError for an ability without a checker, RuntimeError if workers can't be started, and
+        whatever `groups` and `enough` raise; the pool can be used again after it.
         """
-        submitted: list[tuple[Group, list[Future[float | None]]]] = []
+        submitted: list[tuple[_Checked, list[Future[None]]]] = []
         try:
             for group in groups:
-                submitted.append((group, self._submit(group)))
-            return [_verified(group, [f.result() for f in futures]) for group, futures in submitted]
+                checked = _Checked(group, enough)
+                submitted.append((checked, self._submit(checked)))
+            for _, futures in submitted:
+                for future in futures:
+                    future.result()
+            return [checked.verified() for checked, _ in submitted]
         finally:
             for _, futures in submitted:
                 for future in futures:
@@ -94,8 +101,8 @@ class VerifierPool:
     ) -> None:
         self.close()
 
-    def _submit(self, group: Group) -> list[Future[float | None]]:
-        prompt = group.prompt
+    def _submit(self, checked: _Checked) -> list[Future[None]]:
+        prompt = checked.group.prompt
         if prompt.ability not in SUPPORTED_ABILITIES:
             supported = ", ".join(SUPPORTED_ABILITIES)
             raise ValueError(
@@ -106,27 +113,50 @@ class VerifierPool:
         return [
             self._threads.submit(
                 self._check,
+                checked,
+                sample,
                 Check(next(self._ids), prompt.ability, rollout.text, prompt.ground_truth),
             )
-            for rollout in group.rollouts
+            for sample, rollout in enumerate(checked.group.rollouts)
         ]
 
-    def _check(self, check: Check) -> float | None:
-        """The reward; None for a checker failure. Runs in one of the pool's threads."""
+    def _check(self, checked: _Checked, sample: int, check: Check) -> None:
+        """Runs in one of the pool's threads."""
         worker = self._idle.get()
         try:
-            return worker.run(check, self._timeout_s)
+            reward = worker.run(check, self._timeout_s)
         finally:
             self._idle.put(worker)
+        checked.take(sample, reward)
 
 
-def _verified(group: Group, rewards: list[float | None]) -> VerifiedGroup:
-    return VerifiedGroup(
-        prompt=group.prompt,
-        rollouts=group.rollouts,
-        outcome_rewards=tuple(0.0 if reward is None else reward for reward in rewards),
-        checker_failures=rewards.count(None),
-    )
+class _Checked:
+    """A group whose checks are under way; counted when the last is done."""
+
+    def __init__(self, group: Group, enough: Tally | None) -> None:
+        self.group = group
+        self._enough = enough
+        self._rewards: list[float | None] = [None] * len(group.rollouts)
+        self._left = len(group.rollouts)
+        self._lock = threading.Lock()
+
+    def take(self, sample: int, reward: float | None) -> None:
+        """The reward of a rollout; None for a checker failure."""
+        with self._lock:
+            self._rewards[sample] = reward
+            self._left -= 1
+            is_last = self._left == 0
+        if is_last and self._enough is not None:
+            self._enough.add(self.verified())
+
+    def verified(self) -> VerifiedGroup:
+        """The group with its rewards, when all are there."""
+        return VerifiedGroup(
+            prompt=self.group.prompt,
+            rollouts=self.group.rollouts,
+            outcome_rewards=tuple(0.0 if reward is None else reward for reward in self._rewards),
+            checker_failures=self._rewards.count(None),
+        )
 
 
 class _Worker:

@@ -47,6 +47,7 @@ FREE = (
     "data.eval",
     "rollout.batch_size",
     "rollout.max_rounds",
+    "rollout.mismatch_alarm",
     "policy.micro_batch_tokens",
     "prm.micro_batch_tokens",
     "verify.",
@@ -225,7 +226,9 @@ class RunCheckpoints:
 
     def _check_config(self, began_with: dict[str, Any]) -> None:
         now = flatten(self.config.model_dump(mode="json"))
-        before = flatten(began_with)
+        must = {"run": {"folder": "-"}, "model": {"hf": "-"}, "data": {"train": "-"}}
+        defaults = RunConfig.model_validate(must).model_dump(mode="json")
+        before = flatten(defaults) | flatten(began_with)  # a knob of later was at its default
         cosine = "cosine" in (self.config.policy.schedule, self.config.prm.schedule)
         free = tuple(knob for knob in FREE if not (cosine and knob == "run.steps"))
         changed = [

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prime.algorithm.filtering import within_accuracy_window
+from megatron_prime.algorithm.filtering import passes, within_accuracy_window
+from megatron_prime.config import FilterSection
+from megatron_prime.types import Prompt, Rollout, VerifiedGroup
 
 
 def test_both_ends_of_the_window_are_inside(vectors):
@@ -55,3 +57,14 @@ def test_a_window_upside_down_is_refused():
 def test_partial_groups_are_refused():
     with pytest.raises(ValueError, match=r"rollout\.group_size"):
         within_accuracy_window(torch.zeros(6), 4, 0.2, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kept"),
+    [(0.2, 0.75, True), (0.2, 0.7, False), (0.75, 1, True), (0.8, 1, False)],
+)
+def test_a_group_passes_by_the_share_of_its_right_answers(low, high, kept):
+    rollout = Rollout((3,), (-0.5,), "stop", 0, "")
+    prompt = Prompt(1, (2,), "4", "math", "test")
+    group = VerifiedGroup(prompt, (rollout,) * 4, (1.0, 0.0, 1.0, 1.0), 0)
+    assert passes(group, FilterSection(min_accuracy=low, max_accuracy=high)) is kept

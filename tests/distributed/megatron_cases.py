@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from layouts import LAYOUTS, OF_EIGHT, megatron_options  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from tiny_models import CONFIGS  # noqa: E402
 
-from megatron_prime.config import ParallelSizes, PrecisionOptions  # noqa: E402
+from megatron_prime.config import FilterSection, ParallelSizes, PrecisionOptions  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import Engine  # noqa: E402
 from megatron_prime.models.logprobs import vocab_parallel_logprobs_and_entropy  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
-from megatron_prime.types import Prompt, TokenSequence, VerifiedGroup  # noqa: E402
+from megatron_prime.types import Prompt, Rollout, TokenSequence, VerifiedGroup  # noqa: E402
 from megatron_prime.weights.export import export_hf  # noqa: E402
 from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
@@ -51,6 +52,7 @@ def main(folder: Path) -> None:
         for size in (1, 2, 4):
             case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
         case("gather_groups", gather_groups)
+        case("tally", tally)
     for layout, sizes in layouts.items():
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
@@ -118,8 +120,46 @@ def gather_groups() -> None:
     found = ranks.gather(mine, prompts)
     marks = [(group.prompt.prompt_id, group.checker_failures) for group in found]
     assert marks == [(7, 0), (3, 1), (9, 2), (1, 3), (4, 0)]
-    with pytest.raises(RuntimeError, match="gathered 3 groups for 5 prompts"):
+    with pytest.raises(RuntimeError, match="gathered 3 groups of 3 prompts for 5 prompts"):
         ranks.gather(mine if rank else [], prompts)
+
+
+def tally() -> None:
+    """All ranks count together; with enough, prompts may be missing, and none be there twice."""
+    rank = dist.get_rank()
+    store = dist.PrefixStore("tallies", dist.distributed_c10d._get_default_store())
+    ranks = distributed.WorldRanks(TIMEOUT_S, store)
+    window = FilterSection(min_accuracy=0.5, max_accuracy=0.5)
+    right, half = answered(10 * rank, 1.0, 1.0), answered(10 * rank + 1, 1.0, 0.0)
+    prompts = [answered(10 * r + n, 1.0, 0.0).prompt for r in range(4) for n in range(3)]
+    for _ in range(2):  # each round counts from 0
+        enough = ranks.tally(4, window)
+        dist.barrier()
+        assert not enough.reached()
+        enough.add(right)
+        if rank != 2:
+            enough.add(half)
+        dist.barrier()
+        assert not enough.reached(), "three of four have passed"
+        dist.barrier()
+        with pytest.raises(RuntimeError, match="gathered 8 groups of 8 prompts for 12 prompts"):
+            ranks.gather([right, half], prompts, enough)
+        if rank == 2:
+            enough.add(half)
+        found = ranks.gather([half] if rank == 1 else [half, right], prompts, enough)
+        assert enough.reached()
+        assert [group.prompt.prompt_id for group in found] == [0, 1, 11, 20, 21, 30, 31]
+        with pytest.raises(RuntimeError, match="gathered 5 groups of 4 prompts"):
+            ranks.gather([right, right] if rank == 0 else [right], prompts, enough)
+        with pytest.raises(RuntimeError, match="gathered 4 groups of 4 prompts for 2"):
+            ranks.gather([right], prompts[:2], enough)
+
+
+def answered(prompt_id: int, *rewards: float) -> VerifiedGroup:
+    rollout = Rollout((3,), (-0.5,), "stop", 0, "")
+    return replace(
+        group_of(prompt_id, 0), rollouts=(rollout,) * len(rewards), outcome_rewards=rewards
+    )
 
 
 def group_of(prompt_id: int, mark: int) -> VerifiedGroup:

@@ -19,6 +19,7 @@ EXPORTED = ["tp1-pp1", "tp2-pp2", "tp1-pp2-vpp2"]
 CASES = [
     *(f"vocab_parallel-tp{tp}" for tp in (1, 2, 4)),
     "gather_groups",
+    "tally",
     *("-".join(c) for c in product(["logprobs", "round_trip"], MODELS, LAYOUTS)),
     *("-".join(c) for c in product(["copies"], ["tied", "untied"], LAYOUTS)),
     *("-".join(c) for c in product(["export"], MODELS, EXPORTED)),

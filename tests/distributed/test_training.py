@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 MODELS = ["tied", "untied", "qwen3"]  # with and without shared embeddings; norms of heads
 ROWS, GROUP, UPDATES = 24, 4, 2
 AGGREGATION = {"tied": "token_mean", "untied": "seq_mean_token_mean", "qwen3": "token_mean"}
+IMPORTANCE = {"tied": "none", "untied": "sequence", "qwen3": "token"}
+OLD = {"tied": "rollout", "untied": "trainer", "qwen3": "trainer"}
+CAP = 1.2
 
 
 def make_job() -> dict[str, Any]:
@@ -45,6 +48,8 @@ def make_job() -> dict[str, Any]:
         "group_size": GROUP,
         "outcomes": torch.rand(ROWS, generator=generator).round(decimals=1),
         "advantages": torch.randn(ROWS, width, generator=generator),
+        # Of an engine that is not far from random weights over 61 tokens.
+        "rollout_logprobs": -4.7 + 0.3 * torch.randn(ROWS, width, generator=generator),
         "temperature": 1.3,
         "seed": 3,
         "policy": {
@@ -54,7 +59,14 @@ def make_job() -> dict[str, Any]:
                 "clip_grad": 0.3,
                 "mini_batch_size": 12,
                 "micro_batch_tokens": 40,
-                "loss": {"clip": 0.05, "entropy_coefficient": 0.1, "aggregation": aggregation},
+                "old_logprobs": OLD[name],
+                "loss": {
+                    "clip": 0.05 if OLD[name] == "trainer" else 0.5,
+                    "entropy_coefficient": 0.1,
+                    "aggregation": aggregation,
+                    "importance": IMPORTANCE[name],
+                    "importance_cap": CAP,
+                },
             }
             for name, aggregation in AGGREGATION.items()
         },
@@ -136,6 +148,9 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
     policy, knobs = Reference(hf_dir, policy_knobs, job["temperature"]), policy_knobs["loss"]
     with torch.no_grad():
         old = [policy.forward(*row)[0] for row in sequences]
+    engine = [job["rollout_logprobs"][row, : len(old[row])] for row in range(ROWS)]
+    begun = engine if policy_knobs["old_logprobs"] == "rollout" else old
+    weights, figures = importance_of(old, engine, knobs["importance"])
     policy_losses = []
     for update in range(UPDATES):
         policy.begin_update()
@@ -146,10 +161,11 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
             terms = []
             for row in rows:
                 logprobs, entropy = policy.forward(*sequences[row])
-                ratio = (logprobs - old[row]).exp()
+                ratio = (logprobs - begun[row]).exp()
                 advantage = job["advantages"][row, : len(ratio)]
                 low, high = 1 - knobs["clip"], 1 + knobs["clip"]
                 surrogate = torch.minimum(advantage * ratio, advantage * ratio.clamp(low, high))
+                surrogate = weights[row] * surrogate
                 terms.append(-surrogate - knobs["entropy_coefficient"] * entropy)
             if knobs["aggregation"] == "token_mean":
                 loss = torch.cat(terms).mean()
@@ -162,9 +178,24 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
         "prm_forward": prm_forward,
         "prm_losses": prm_losses,
         "policy_losses": policy_losses,
+        "importance": figures,
         "prm": prm.model.state_dict(),
         "policy": policy.model.state_dict(),
     }
+
+
+def importance_of(
+    old: list[torch.Tensor], engine: list[torch.Tensor], level: str
+) -> tuple[list[Any], dict[str, float]]:
+    """The weight of each token of each row, and what a run shows of them."""
+    if level == "none":
+        return [1.0] * ROWS, {}
+    ratios = [(a - b).exp() for a, b in zip(old, engine, strict=True)]
+    if level == "sequence":
+        ratios = [row.prod().reshape(1) for row in ratios]
+    cut = [row.where(row < CAP, torch.tensor(CAP)) for row in ratios]
+    mean, share = torch.cat(cut).mean(), (torch.cat(ratios) > CAP).float().mean()
+    return cut, {"policy/importance_mean": float(mean), "policy/importance_truncated": float(share)}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +268,16 @@ def test_losses_and_gradient_norms(
         loss, norm = (sum(values) / per_update for values in zip(*part, strict=True))
         assert math.isclose(metrics[f"{role}/loss"], loss, abs_tol=1e-5)
         assert math.isclose(metrics[f"{role}/grad_norm"], norm, rel_tol=1e-4)
+
+
+def test_importance_weights_are_shown(
+    found: dict[str, Any], truths: dict[str, Any], name: str
+) -> None:
+    for metrics in found["policy_metrics"]:
+        shown = {key: value for key, value in metrics.items() if "importance" in key}
+        assert shown == pytest.approx(truths[name]["importance"], abs=1e-5)
+    share = truths[name]["importance"].get("policy/importance_truncated", 0.5)
+    assert 0 < share < 1, "the weights should be cut now and then"
 
 
 def test_bf16_follows_fp32(

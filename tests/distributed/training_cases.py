@@ -172,8 +172,8 @@ def rollout_batch(job: dict[str, Any]) -> RolloutBatch:
     sequences = tuple(TokenSequence(tuple(ids), prompt) for ids, prompt in job["sequences"])
     lengths = torch.tensor([sequence.response_length for sequence in sequences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    zeros = torch.zeros(mask.shape)
-    return RolloutBatch(sequences, job["group_size"], mask, job["outcomes"], zeros)
+    engine = job.get("rollout_logprobs", torch.zeros(mask.shape))
+    return RolloutBatch(sequences, job["group_size"], mask, job["outcomes"], engine)
 
 
 if __name__ == "__main__":

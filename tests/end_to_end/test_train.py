@@ -30,15 +30,17 @@ def documented() -> Iterator[str]:
             yield name if name == first else first.rpartition("_")[0] + name
 
 
-def of_mishaps(name: str) -> bool:
-    """A figure of fp16 overflows or skipped NaNs: test_fp16.py and test_training.py see those."""
-    return name.endswith(("/loss_scale", "/skipped_steps", "/not_finite_steps"))
+def seen_elsewhere(name: str) -> bool:
+    """Of overflows, skipped NaNs and weights: test_fp16.py and test_training.py see those."""
+    return "/importance" in name or name.endswith(
+        ("/loss_scale", "/skipped_steps", "/not_finite_steps")
+    )
 
 
 def test_fine_tuning_logs_what_is_documented_and_learns(job: Job) -> None:
     steps = job.metrics("sft")
     assert list(steps) == list(range(1, 61))
-    names = {name for name in documented() if name.startswith("sft/") and not of_mishaps(name)}
+    names = {name for name in documented() if name.startswith("sft/") and not seen_elsewhere(name)}
     assert set(steps[60]) == names | {"time/step_s"}
     assert steps[60]["sft/loss"] < 0.2 * steps[1]["sft/loss"]
     assert steps[5]["sft/lr"] == pytest.approx(0.01), "the peak, after five steps of warm-up"
@@ -51,7 +53,7 @@ def test_every_documented_figure_is_logged_and_every_figure_documented(job: Job,
     assert [step for step in steps if "evaluate/accuracy" in steps[step]] == [0, 3, 6]
     found = set[str]().union(*steps.values())
     phases = {name for name in found if re.fullmatch(r"time/[a-z_]+_s", name)}
-    names = {name for name in documented() if not (name.startswith("sft/") or of_mishaps(name))}
+    names = {name for name in documented() if not (name.startswith("sft/") or seen_elsewhere(name))}
     only_on_gpus = {"memory/device_peak_gib", "prm/fp8_logprob_error"}
     assert found - phases == names - only_on_gpus - {"time/<phase>_s", "time/step_s"}
     for step, record in steps.items():
@@ -65,6 +67,7 @@ def test_the_figures_fit_together(job: Job, full: str) -> None:
         assert record["filter/generated"] == 12 * record["rollout/rounds"]
         assert 0.2 <= record["filter/accuracy"] <= 0.8
         assert record["verify/failures"] == 0
+        assert record["rollout/mismatch_alarm"] == record["rollout/aborted"] == 0
         assert record["policy/advantage_mean"] == pytest.approx(0, abs=1e-6)
         assert record["policy/advantage_std"] == pytest.approx(1, abs=1e-3)
         seconds = [

@@ -182,3 +182,32 @@ def test_end_tokens_come_from_generation_config_too(tmp_path, listed, wanted):
 def test_a_model_that_never_stops_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no response would ever stop"):
         end_of_sequence_ids(Speechless(), tmp_path)
+
+
+class After:
+    """A tally that is reached after it was asked so often."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def add(self, group): ...
+
+    def reached(self):
+        self.asked -= 1
+        return self.asked < 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches", "groups"),
+    [(8, 2, 4), (8, 0, 0), (8, 99, 7), (3, 2, 1), (3, 3, 2)],  # batches of 3: a group spans two
+)
+def test_no_batch_begins_when_there_is_enough(
+    make_engine, model, engine, prompts, batch_size, batches, groups
+):
+    small = make_engine(batch_size=batch_size)
+    small.load_weights(iter(model.named_parameters()), version=3)
+    found = list(small.generate(prompts, SAMPLING, After(batches)))
+    assert [group.prompt for group in found] == prompts[:groups]
+    whole = by_prompt(engine.generate(prompts[:groups], SAMPLING))
+    assert_same_rollouts(by_prompt(found), whole)
+    assert small.take_metrics() == {}

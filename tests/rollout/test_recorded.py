@@ -10,7 +10,7 @@ import pytest
 from megatron_prime.config import ConfigError
 from megatron_prime.rollout.recorded import RecordedRollouts
 from megatron_prime.runtime.rollout_files import RolloutFileError, write_step
-from megatron_prime.types import Prompt, Rollout, Sampling, VerifiedGroup
+from megatron_prime.types import Prompt, Rollout, Sampling, VerifiedGroup, VersionSpan
 
 SAMPLING = Sampling(samples=2, temperature=1.0, max_tokens=8, seed=0)
 
@@ -19,7 +19,7 @@ def group(prompt_id: int) -> VerifiedGroup:
     prompt = Prompt(prompt_id, (5, prompt_id), "3", "math", "digits")
     rollouts = (
         Rollout((7,), (-0.1,), "stop", 4, "a"),
-        Rollout((8, 9), (-1.0, -2.0), "length", 4, "b"),
+        Rollout((8, 9), (-1.0, -2.0), "length", 4, "b", (VersionSpan(1, 3),)),
     )
     return VerifiedGroup(prompt, rollouts, (1.0, 0.0), 0)
 
@@ -43,7 +43,7 @@ def test_groups_are_played_back_as_the_present_policys(folder: Path) -> None:
                 played[verified.prompt.prompt_id] = verified
         for number in step:
             recorded = group(number)
-            now = tuple(replace(rollout, policy_version=9) for rollout in recorded.rollouts)
+            now = tuple(replace(r, policy_version=9, older_spans=()) for r in recorded.rollouts)
             assert played[number] == replace(recorded, rollouts=now)
 
 
@@ -78,3 +78,25 @@ def test_what_was_recorded_between_stop_and_resume_comes_in_its_turn(folder: Pat
     resumed = RecordedRollouts(folder, 0, 1)
     resumed.load_state_dict(first.state_dict())
     assert [prompt.prompt_id for prompt in resumed.take(4)] == [1, 5, 6, 7]
+
+
+class Seen:
+    """A tally that has enough from the start."""
+
+    def __init__(self) -> None:
+        self.groups: list[VerifiedGroup] = []
+
+    def add(self, group: VerifiedGroup) -> None:
+        self.groups.append(group)
+
+    def reached(self) -> bool:
+        return True
+
+
+def test_all_is_played_back_and_told_even_if_there_is_enough(folder: Path) -> None:
+    recorded, enough = RecordedRollouts(folder, 0, 1), Seen()
+    prompts = recorded.take(3)
+    verified = recorded.verify(recorded.generate(prompts, SAMPLING, enough), enough)
+    assert [group.prompt for group in verified] == prompts
+    assert enough.groups == verified
+    assert recorded.take_metrics() == {}

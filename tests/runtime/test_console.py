@@ -9,6 +9,7 @@ from megatron_prime.runtime.console import (
     LiveDisplay,
     LogDisplay,
     TimeLeft,
+    mismatch_line,
     open_display,
     step_line,
 )
@@ -30,6 +31,14 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     return clock
+
+
+def test_the_alarm_says_value_threshold_and_where_to_look():
+    line = mismatch_line(7, {"rollout/mismatch_kl": 0.08123}, 0.05)
+    assert line.startswith("warning: step 7: rollout/mismatch_kl is 0.0812 nats per token, above ")
+    for name in ("rollout.mismatch_alarm = 0.05", "rollout/mismatch_max", "[precision.policy]"):
+        assert name in line
+    assert "\n" not in line
 
 
 def test_step_line_has_the_headlines_in_their_order():

@@ -164,3 +164,18 @@ def test_prints_a_line_per_step_and_the_paths_at_the_end(tmp_path, capsys):
     assert [line.split()[-1] for line in paths] == [
         str(tmp_path / name) for name in ("metrics.jsonl", "curves.png", "hf", "tensorboard")
     ]
+
+
+def test_a_marked_step_is_called_out(tmp_path, capsys):
+    marked = {**METRICS, "rollout/mismatch_kl": 0.07, "rollout/mismatch_alarm": 1.0}
+    with RunRecorder(tmp_path, 10, rank=0, mismatch_alarm=0.05) as recorder:
+        recorder.log(1, {**marked, "rollout/mismatch_alarm": 0.0})
+        recorder.log(2, marked)
+    first, second, warning = capsys.readouterr().out.splitlines()
+    assert first.startswith("step  1/10")
+    assert second.startswith("step  2/10")
+    assert warning.startswith("warning: step 2: rollout/mismatch_kl is 0.07 nats")
+    assert "rollout.mismatch_alarm = 0.05" in warning
+    with RunRecorder(tmp_path / "other", 10, rank=1, mismatch_alarm=0.05) as recorder:
+        recorder.log(1, marked)
+    assert capsys.readouterr().out == ""

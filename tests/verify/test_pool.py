@@ -146,6 +146,56 @@ def test_checking_overlaps_generation(fake_worker, tmp_path):
     assert seen == [True]
 
 
+class Seen:
+    """A tally that keeps what it is told, and by which threads."""
+
+    def __init__(self):
+        self.groups, self.threads = [], set()
+
+    def add(self, group):
+        self.groups.append(group)
+        self.threads.add(threading.current_thread())
+
+    def reached(self):
+        return False
+
+
+def test_a_group_is_told_when_its_last_check_is_done_while_others_are_generated(fake_worker):
+    seen = Seen()
+
+    def generate():
+        for number in range(3):
+            yield group("sleep 0.05", "say yes", "crash", number=number)
+            assert wait_for(lambda number=number: len(seen.groups) == number + 1)
+
+    with VerifierPool(2, 20.0, fake_worker()) as pool:
+        verified = pool.verify(generate(), seen)
+    assert seen.groups == verified, "each once, with all rewards"
+    assert [v.outcome_rewards for v in verified] == [(0.0, 1.0, 0.0)] * 3
+    assert [v.checker_failures for v in verified] == [1] * 3
+    assert threading.main_thread() not in seen.threads
+
+
+def test_groups_are_told_once_each_however_their_checks_overlap(fake_worker):
+    groups = [group(*["say yes", "say no"] * 3, number=n) for n in range(20)]
+    seen = Seen()
+    with VerifierPool(4, 20.0, fake_worker()) as pool:
+        verified = pool.verify(iter(groups), seen)
+    assert sorted(v.prompt.prompt_id for v in seen.groups) == list(range(20))
+    assert sorted(seen.groups, key=lambda v: v.prompt.prompt_id) == verified
+
+
+def test_an_exception_of_the_tally_passes(fake_worker):
+    class Lost(Seen):
+        def add(self, group):
+            raise ConnectionError("the store is gone")
+
+    with VerifierPool(2, 20.0, fake_worker()) as pool:
+        with pytest.raises(ConnectionError, match="the store is gone"):
+            pool.verify([group("say yes", "say no")], Lost())
+        assert pool.verify([group("say yes")])[0].outcome_rewards == (1.0,)
+
+
 def test_checks_run_side_by_side(fake_worker):
     with VerifierPool(4, 20.0, fake_worker()) as pool:
         pool.verify([group(*["say yes"] * 8)])

@@ -12,6 +12,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from megatron_prime.config import ParallelSizes, RunConfig
 from megatron_prime.runtime.compat import before_megatron_import
-from megatron_prime.types import LoopState, Prompt, Rollout, VerifiedGroup
+from megatron_prime.types import LoopState, Prompt, Rollout, VerifiedGroup, VersionSpan
 
 before_megatron_import()
 
@@ -41,7 +42,7 @@ SURPLUS = VerifiedGroup(
     Prompt(7, (1, 2), "4", "math", "test"),
     (
         Rollout((3, 4), (-0.25, -1e-7), "stop", 5, "é4"),
-        Rollout((3,), (-0.1,), "length", 5, ""),
+        Rollout((3, 9), (-0.1, -0.5), "length", 5, "", (VersionSpan(1, 4),)),
     ),
     (1.0, 0.0),
     1,
@@ -153,6 +154,23 @@ def test_the_newest_comes_back_whole(tmp_path: Path) -> None:
     assert run.policy.weight.tolist() == [[2.0] * 3] * 4
     assert run.prm.weight.tolist() == [[2.5] * 3] * 4
     assert (run.policy.steps, run.counter.version, run.counter.cursor) == (2, 2, 2)
+
+
+def test_a_checkpoint_of_before_there_was_a_knob_or_a_field_is_read(tmp_path: Path) -> None:
+    """The knob was at its default then, and all tokens were of the rollout's policy."""
+    Run(tmp_path, 1).checkpoints.save(LoopState(1, (SURPLUS,)))
+    saved = tmp_path / "checkpoints" / "step_000001"
+    state = json.loads((saved / "run.json").read_text())
+    del state["config"]["policy"]["old_logprobs"]
+    for rollout in state["loop"]["surplus"][0]["rollouts"]:
+        del rollout["older_spans"]
+    (saved / "run.json").write_text(json.dumps(state))
+    manifest.write(saved, {n: manifest.measure(saved / n) for n in manifest.files_in(saved)})
+    whole = tuple(replace(rollout, older_spans=()) for rollout in SURPLUS.rollouts)
+    found = Run(tmp_path, 5).checkpoints.resume()
+    assert found == LoopState(1, (replace(SURPLUS, rollouts=whole),))
+    with pytest.raises(CheckpointError, match="old_logprobs: began with 'trainer'"):
+        Run(tmp_path, 5, policy={"old_logprobs": "rollout"}).checkpoints.resume()
 
 
 def test_another_number_of_ranks_starts_new_random_streams(saved: Path) -> None:
