@@ -4,7 +4,8 @@ Runs in the interpreter that has SGLang, which need not be the trainer's: this f
 imports use the standard library and SGLang only. The options come as JSON on standard input, under
 the names of SGLang's `ServerArgs`, so that the API key is in no command line and in no file. The
 server dies with the trainer, however that ends: this process by the kernel's death signal, and so
-do SGLang's scheduler and detokenizer, which ask for it themselves.
+do SGLang's scheduler and detokenizer. They ask for it themselves, but seconds after they were
+started; as they import this file first of all, they do it here.
 """
 
 from __future__ import annotations
@@ -41,5 +42,9 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-if __name__ == "__main__":  # SGLang's own processes import this file, too
+if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in a process that SGLang has spawned
+    if os.getppid() == 1:
+        sys.exit("the server is gone")
+    die_with(os.getppid())
