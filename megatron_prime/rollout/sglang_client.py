@@ -172,7 +172,7 @@ class SglangClient:
         info = await self._call("GET", "/server_info", None, timeout_s)
         if not isinstance(info, dict):
             raise BadAnswer(f"{self.url}/server_info: found {type(info).__name__}, wanted a table")
-        return {name: value for name, value in info.items() if "api_key" not in name}
+        return _without_keys(info)
 
     async def _send_prompt_ahead(self, requests: Sequence[SampleRequest], timeout_s: float) -> None:
         """Fill the prefix cache with what the requests have in common."""
@@ -214,3 +214,12 @@ class SglangClient:
             raise ServerLost(f"{where}: {type(error).__name__}: {error}") from error
         except ValueError as error:
             raise BadAnswer(f"{where}: the answer is no JSON: {error}") from error
+
+
+def _without_keys(value: Any) -> Any:
+    """SGLang tells its API keys, at more than one depth, to who has one; nobody here needs them."""
+    if isinstance(value, dict):
+        return {
+            name: _without_keys(item) for name, item in value.items() if "api_key" not in str(name)
+        }
+    return [_without_keys(item) for item in value] if isinstance(value, list) else value

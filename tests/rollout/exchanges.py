@@ -77,7 +77,8 @@ async def converse(url: str, key: str) -> dict[str, dict]:
         endless = sampling("i") | {"input_ids": [[5] * 2048]}
         await call("too long", "POST", "/generate", endless)
         await call("health of the scheduler", "GET", "/health_generate")
-        await call("server_info", "GET", "/server_info")
+        info = await call("server_info", "GET", "/server_info")
+        found["server_info"]["shape"] = shape_of({"tp_size": info["tp_size"]})
     return found
 
 

@@ -6,7 +6,8 @@ what the real server answered. Faults, all off by default:
 
 - `die_after`: the process exits as the n-th list of samples arrives;
 - `hang_after`: from the n-th on, nothing is answered any more;
-- `spoil`: the n-th answer is wrong: `lengths`, `nan`, `version`, `count`, `stop`;
+- `spoil`: the n-th answer is wrong by the n-th of these: `lengths`, `nan`, `version`, `count`,
+  `stop`, or null;
 - `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status.
 """
 
@@ -21,11 +22,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from megatron_prime.rollout.sglang_arguments import ServerSpec
 from megatron_prime.runtime.parent import die_with
+
+if TYPE_CHECKING:
+    from megatron_prime.rollout.sglang_arguments import ServerSpec
 
 CONTEXT = 2048
 KEY = "the-key-of-the-run"
@@ -51,17 +55,18 @@ class Fake:
         single = isinstance(body["rid"], str)
         params = body["sampling_params"]
         if single:
-            answers = [await self.sample(body["rid"], body["input_ids"], params)]
-            return answers[0]
+            answer = await self.sample(body["rid"], body["input_ids"], params)
+            if not body.get("return_logprob"):
+                del answer["meta_info"]["output_token_logprobs"]
+            return answer
         cached = [self.known(ids) for ids in body["input_ids"]]  # they arrive together
         jobs = (
             self.sample(*job, known)
             for *job, known in zip(body["rid"], body["input_ids"], params, cached, strict=True)
         )
         answers = await asyncio.gather(*jobs)
+        spoil(dict(enumerate(self.faults.get("spoil", ()))).get(self.lists), answers)
         self.lists += 1
-        if self.lists == self.faults.get("spoil_at", 1):
-            spoil(self.faults.get("spoil"), answers)
         return answers
 
     def known(self, ids: list[int]) -> int:
@@ -187,6 +192,8 @@ def application(fake: Fake) -> web.Application:
 
 def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> ServerSpec:
     """Of a fake server with its folder; `python` is a program that runs this file."""
+    from megatron_prime.rollout.sglang_arguments import ServerSpec  # heavy for the server itself
+
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "fake_python"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$3"\n')
