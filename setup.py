@@ -15,12 +15,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_prime*"]),
-    package_data={"megatron_prime": ["py.typed"]},
+    package_data={"megatron_prime": ["py.typed", "rollout/sglang_cpu/**"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",  # GPU builds of SGLang pin 2.11
         "megatron-core==0.16.1",  # runtime/compat.py is checked against this version
         "numpy",
+        "aiohttp",  # to SGLang's servers
         "transformers>=5,<6",
         "tokenizers",
         "safetensors",

@@ -2,17 +2,19 @@
 # Sets up .venv and runs every check: lint, types, architecture, tests.
 #
 #   bash tests/run.sh            what CI runs
-#   bash tests/run.sh --fast     lint, types and the unit tests of one process (under two minutes)
+#   bash tests/run.sh --fast     lint, types and the unit tests of one process (under two minutes),
+#                                without SGLang
 #   bash tests/run.sh --full     also what is marked slow: the quickstart with three seeds
 #   bash tests/run.sh -- ARGS    pytest with ARGS
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/venv.sh
 use_venv dev
+if [ "${1:-}" != --fast ]; then use_sglang; fi
 
 select=(-m "not slow")
 case "${1:-}" in
-  --fast) select=(-m "not slow and not distributed") ;;
+  --fast) select=(-m "not slow and not distributed and not sglang") ;;
   --full) select=() ;;
   --) shift; exec python -m pytest "$@" ;;
   "") ;;

@@ -3,6 +3,7 @@
 #   source tools/venv.sh
 #   use_venv          # the plain CPU install
 #   use_venv dev      # with an extra of setup.py
+#   use_sglang        # after that: .venv-sglang, SGLang for a CPU; exports SGLANG_PYTHON
 #
 # PYTHON chooses the interpreter (3.11 or 3.12), TORCH the torch to install first (torch==2.13.0).
 set -euo pipefail
@@ -31,19 +32,20 @@ uv_install() {
   # Without an NVIDIA driver take the CPU build of torch, unless the machine brings wheels of its own.
   if [ -z "$links" ] && ! command -v nvidia-smi >/dev/null; then backend=(--torch-backend cpu); fi
   UV_FIND_LINKS=${links%,} UV_DEFAULT_INDEX=$index UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy \
-    "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" ${backend[@]+"${backend[@]}"} "$@"
+    "$VENV/bin/python" -m uv pip install --quiet --python "$TARGET/bin/python" ${backend[@]+"${backend[@]}"} "$@"
 }
 
+# Into the environment TARGET, with the tools of .venv.
 install() {
   if "$VENV/bin/python" -m uv --version >/dev/null 2>&1; then
     uv_install "$@" && return
     echo "uv could not install $*; trying pip" >&2
   fi
-  "$VENV/bin/python" -m pip install --quiet "$@"
+  "$VENV/bin/python" -m pip --python "$TARGET/bin/python" install --quiet "$@"
 }
 
 make_venv() {
-  local extra=$1 wanted stamp
+  local extra=$1 wanted stamp TARGET=$VENV
   wanted=$(cat "$ROOT/setup.py"; echo "$TORCH")
   for stamp in "$extra" ${extra:-dev}; do # dev has all that the plain install has
     if [ "$(cat "$VENV/.installed-$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
@@ -60,4 +62,22 @@ make_venv() {
 use_venv() {
   make_venv "${1:-}"
   export PATH=$VENV/bin:$PATH OMP_NUM_THREADS=1
+}
+
+# SGLang's own wheel asks for a CUDA build of torch and for kernels that have none for CPUs. So its
+# list of dependencies is ours, tools/sglang_cpu.txt, and none of them brings others along.
+make_sglang() {
+  local wanted TARGET=$ROOT/.venv-sglang
+  wanted=$(cat "$ROOT/tools/sglang_cpu.txt")
+  if [ "$(cat "$TARGET/.installed" 2>/dev/null)" = "$wanted" ]; then return; fi
+  echo "setting up $TARGET (once) …" >&2
+  "$(find_python)" -m venv --clear --without-pip "$TARGET"
+  install torch==2.13.0
+  install --no-deps --requirement "$ROOT/tools/sglang_cpu.txt"
+  echo "$wanted" >"$TARGET/.installed"
+}
+
+use_sglang() {
+  make_sglang
+  export SGLANG_PYTHON=$ROOT/.venv-sglang/bin/python
 }

@@ -1,0 +1,5 @@
+"""Reading images: absent."""
+
+from ._absent import absent
+
+__getattr__ = absent

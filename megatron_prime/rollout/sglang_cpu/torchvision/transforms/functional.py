@@ -1,0 +1,7 @@
+"""Transforms as functions: absent but for the names of the interpolations."""
+
+from .._absent import absent
+from . import InterpolationMode
+
+__all__ = ["InterpolationMode"]
+__getattr__ = absent

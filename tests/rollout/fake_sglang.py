@@ -1,0 +1,228 @@
+"""A server that speaks as SGLang does, without a model: for fast tests, and for faults on demand.
+
+`spec(folder, **faults)` is for `SglangServer`, which starts this file instead of SGLang. Tokens are
+a function of (seed, ids so far), log-probs of the token. `test_fake_sglang.py` compares it with
+what the real server answered. Faults, all off by default:
+
+- `die_after`: the process exits as the n-th list of samples arrives;
+- `hang_after`: from the n-th on, nothing is answered any more;
+- `spoil`: the n-th answer is wrong by the n-th of these: `lengths`, `nan`, `version`, `count`,
+  `stop`, or null;
+- `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import stat
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from megatron_prime.runtime.parent import die_with
+
+if TYPE_CHECKING:
+    from megatron_prime.rollout.sglang_arguments import ServerSpec
+
+CONTEXT = 2048
+KEY = "the-key-of-the-run"
+
+
+@dataclass
+class Fake:
+    """The state of one server."""
+
+    options: dict
+    faults: dict
+    version: str = "default"
+    lists: int = 0  # calls that asked for samples
+    prefixes: set = field(default_factory=set)
+    aborted: set = field(default_factory=set)
+    running: dict = field(default_factory=dict)  # rid: its tokens
+    started: float = field(default_factory=time.monotonic)
+
+    def hangs(self) -> bool:
+        return self.lists >= self.faults.get("hang_after", 1 << 30)
+
+    async def generate(self, body: dict) -> list | dict:
+        single = isinstance(body["rid"], str)
+        params = body["sampling_params"]
+        if single:
+            answer = await self.sample(body["rid"], body["input_ids"], params)
+            if not body.get("return_logprob"):
+                del answer["meta_info"]["output_token_logprobs"]
+            return answer
+        cached = [self.known(ids) for ids in body["input_ids"]]  # they arrive together
+        jobs = (
+            self.sample(*job, known)
+            for *job, known in zip(body["rid"], body["input_ids"], params, cached, strict=True)
+        )
+        answers = await asyncio.gather(*jobs)
+        spoil(dict(enumerate(self.faults.get("spoil", ()))).get(self.lists), answers)
+        self.lists += 1
+        return answers
+
+    def known(self, ids: list[int]) -> int:
+        lengths = (n for n in range(len(ids) - 1, 0, -1) if tuple(ids[:n]) in self.prefixes)
+        return next(lengths, 0)
+
+    async def sample(self, rid: str, ids: list[int], params: dict, cached: int = -1) -> dict:
+        cached = self.known(ids) if cached < 0 else cached
+        self.prefixes.update(tuple(ids[:n]) for n in range(1, len(ids) + 1))
+        tokens = self.running[rid] = []
+        seed = "greedy" if params.get("temperature") == 0 else params.get("sampling_seed")
+        reason = {"type": "length", "length": params["max_new_tokens"]}
+        while len(tokens) < params["max_new_tokens"]:
+            tokens.append(next_token(seed, [*ids, *tokens]))
+            await asyncio.sleep(self.faults.get("token_s", 0))
+            if rid in self.aborted:
+                reason = {"type": "abort", "message": "Aborted"}
+                break
+            if len(tokens) < params["max_new_tokens"] and tokens[-1] in params["stop_token_ids"]:
+                reason = {"type": "stop", "matched": tokens[-1]}
+                break
+        del self.running[rid]
+        self.aborted.discard(rid)
+        return {
+            "output_ids": tokens,
+            "meta_info": {
+                "id": rid,
+                "finish_reason": reason,
+                "prompt_tokens": len(ids),
+                "completion_tokens": len(tokens),
+                "cached_tokens": cached,
+                "weight_version": self.version,
+                "output_token_logprobs": [[-0.25 * (1 + t % 7), t, None] for t in tokens],
+            },
+        }
+
+
+def next_token(seed: int | str | None, ids: list[int]) -> int:
+    return random.Random(f"{seed} {ids}").randrange(4, 64)
+
+
+def spoil(how: str | None, answers: list[dict]) -> None:
+    first = answers[0]
+    if how == "count":
+        answers.pop()
+    elif how == "lengths":
+        first["meta_info"]["output_token_logprobs"].pop()
+    elif how == "nan":
+        first["meta_info"]["output_token_logprobs"][0][0] = None
+    elif how == "version":
+        first["meta_info"]["weight_version"] = "another"
+    elif how == "stop":
+        first["meta_info"]["finish_reason"] = {"type": "stop", "matched": first["output_ids"][-1]}
+
+
+def application(fake: Fake) -> web.Application:
+    key = fake.options["api_key"]
+
+    @web.middleware
+    async def guard(request, handler):
+        if fake.hangs():
+            await asyncio.sleep(3600)
+        if request.path.startswith("/health"):
+            return await handler(request)
+        if request.headers.get("Authorization") != f"Bearer {key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    async def health(request):
+        up = time.monotonic() - fake.started > fake.faults.get("start_s", 0)
+        return web.Response(status=200 if up else 503)
+
+    async def generate(request):
+        body = await request.json()
+        batch = not isinstance(body["rid"], str)
+        if batch and fake.lists + 1 == fake.faults.get("die_after"):
+            os._exit(9)
+        prompts = body["input_ids"] if batch else [body["input_ids"]]
+        if any(len(ids) >= CONTEXT for ids in prompts):
+            return web.json_response({"error": {"message": "too long"}}, status=400)
+        return web.json_response(await fake.generate(body))
+
+    async def abort(request):
+        body = await request.json()
+        rids = fake.running if body.get("abort_all") else [body["rid"]]
+        fake.aborted.update(r for r in fake.running for rid in rids if r.startswith(rid))
+        return web.Response()
+
+    async def update(request):
+        body = await request.json()
+        if len(body["serialized_named_tensors"]) != fake.options["tp_size"]:
+            os._exit(1)
+        while fake.running:  # as SGLang's writer lock does
+            await asyncio.sleep(0.01)
+        fake.version = body.get("weight_version") or fake.version
+        if body.get("flush_cache", True):
+            fake.prefixes.clear()
+        return web.json_response({"success": True, "message": "Succeeded."})
+
+    async def flush(request):
+        if fake.running:
+            return web.Response(status=400, text="Flush cache failed.\n")
+        fake.prefixes.clear()
+        return web.Response(text="Cache flushed.\n")
+
+    async def info(request):
+        return web.json_response(fake.options | {"internal_states": [{}]})
+
+    app = web.Application(middlewares=[guard], client_max_size=1 << 30)
+    app.add_routes(
+        [
+            web.get("/health", health),
+            web.get("/health_generate", health),
+            web.post("/generate", generate),
+            web.post("/abort_request", abort),
+            web.post("/update_weights_from_tensor", update),
+            web.post("/flush_cache", flush),
+            web.get("/server_info", info),
+        ]
+    )
+    return app
+
+
+def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> ServerSpec:
+    """Of a fake server with its folder; `python` is a program that runs this file."""
+    from megatron_prime.rollout.sglang_arguments import ServerSpec  # heavy for the server itself
+
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "fake_python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$3"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return ServerSpec(
+        python=program,
+        model_dir=folder / "model",
+        tp=tp,
+        devices=None,
+        host="127.0.0.1",
+        api_key=KEY,
+        dtype="fp32",
+        folder=folder,
+        options={**(options or {}), "faults": faults},
+        start_timeout_s=20.0,
+    )
+
+
+def main() -> None:
+    """What `fake_python -m megatron_prime.rollout.sglang_main PID` runs."""
+    die_with(int(sys.argv[1]))
+    options = json.load(sys.stdin)
+    faults = options.pop("faults")
+    if "exit_at_start" in faults:
+        print(f"some error; {options['api_key']}", flush=True)
+        sys.exit(faults["exit_at_start"])
+    app = application(Fake(options, faults))
+    web.run_app(app, host=options["host"], port=options["port"], reuse_address=True, print=None)
+
+
+if __name__ == "__main__":
+    main()
