@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_prime import evaluation, figures, loop
 from megatron_prime import sft as sft_stage
@@ -42,7 +43,7 @@ from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.verify.worker import SUPPORTED_ABILITIES
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
-from megatron_prime.weights.safetensors_io import HfCheckpoint
+from megatron_prime.weights.source import CheckpointWeights
 
 
 def train(config: RunConfig, launch: Launch) -> None:
@@ -56,7 +57,7 @@ def train(config: RunConfig, launch: Launch) -> None:
         if config.uses_prm:
             prm, reference = prm_of(config), reference_of(config)
             engines["prm"] = prm.engine
-        stream, engine, checker = rollout_roles(config, tokenizer, ranks, verifier)
+        stream, engine, checker = rollout_roles(config, launch, tokenizer, ranks, verifier, stack)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
         note_start(config, config.run.folder, ranks)  # not of a start that was refused
@@ -124,8 +125,8 @@ def rollout(config: RunConfig, launch: Launch) -> None:
         tokenizer = load_tokenizer(config.model.hf)
         prompts = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
-        engine = local_engine(config, tokenizer, ranks)
-        engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
+        engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
+        engine.load_weights(CheckpointWeights(config.model.hf), version=0)
         folder = config.run.folder
         recorder = RunRecorder(folder, config.run.steps, ranks.rank, save_rollouts=True)
         with stack.enter_context(recorder), launch.steps(agree=None):
@@ -142,8 +143,8 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
-        engine = local_engine(config, tokenizer, ranks)
-        engine.load_weights(HfCheckpoint(config.model.hf).tensors(), version=0)
+        engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
+        engine.load_weights(CheckpointWeights(config.model.hf), version=0)
         with launch.steps(agree=None):
             groups = evaluation.answer(config, engine, verifier, ranks, prompts)
         if ranks.rank == 0:
@@ -183,22 +184,39 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
 
 
 def rollout_roles(
-    config: RunConfig, tokenizer: Any, ranks: WorldRanks, verifier: Verifier
+    config: RunConfig,
+    launch: Launch,
+    tokenizer: Any,
+    ranks: WorldRanks,
+    verifier: Verifier,
+    stack: ExitStack,
 ) -> tuple[PromptStream | RecordedRollouts, RolloutEngine, Verifier]:
     """Prompts, engine and verifier: live, or all three played back from `debug.rollouts_from`."""
     if config.debug.rollouts_from is not None:
         recorded = RecordedRollouts(config.debug.rollouts_from, ranks.rank, ranks.world_size)
         return recorded, recorded, recorded
     prompts = prompts_of(config, config.data.train, tokenizer)
-    return (
-        PromptStream(prompts, config.run.seed),
-        local_engine(config, tokenizer, ranks),
-        verifier,
-    )
+    engine = rollout_engine(config, config.parallel, launch, tokenizer, ranks, stack)
+    return PromptStream(prompts, config.run.seed), engine, verifier
 
 
-def local_engine(config: RunConfig, tokenizer: Any, ranks: WorldRanks) -> LocalEngine:
-    """The embedded rollout engine of this rank."""
+def rollout_engine(
+    config: RunConfig,
+    sizes: ParallelSizes,
+    launch: Launch,
+    tokenizer: Any,
+    ranks: WorldRanks,
+    stack: ExitStack,
+) -> RolloutEngine:
+    """The engine of this rank; `sizes`: how the source of its weights is split over the ranks."""
+    if config.rollout.engine == "sglang":
+        from megatron_prime.rollout.sglang_setup import sglang_engine  # aiohttp is not for all runs
+
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        near = launch.here.local_world_size
+        engine = sglang_engine(config, sizes, tokenizer, ranks.device, near, launch.store, tp_group)
+        stack.callback(engine.close)
+        return engine
     return LocalEngine(
         config.model.hf,
         ranks.rank,

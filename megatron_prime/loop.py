@@ -115,7 +115,7 @@ def sync_weights(roles: Roles) -> None:
     """Reshard the policy into the rollout engine; its rollouts carry the policy's version."""
     if roles.engine.version != roles.policy.version:
         with roles.gpus.phase(Phase.SYNC_WEIGHTS):
-            roles.engine.load_weights(roles.policy.export_weights(), roles.policy.version)
+            roles.engine.load_weights(roles.policy.weights(), roles.policy.version)
 
 
 def keep_surplus(roles: Roles, surplus: t.Groups, mixed: bool) -> t.Groups:

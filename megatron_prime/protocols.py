@@ -56,6 +56,14 @@ class Tally(Protocol):
     def reached(self) -> bool: ...  # whether there are enough; stays so
 
 
+class WeightSource(Protocol):
+    """Where an engine takes new weights from."""
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]: ...  # collective: Hugging Face names
+    def stretch(self, hf: str) -> Tensor: ...  # what this rank holds of a tensor
+    def forget(self) -> None: ...  # `stretch` may keep copies until then
+
+
 class RolloutEngine(Protocol):
     """Samples responses with the policy's weights of `version`."""
 
@@ -65,7 +73,7 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
     ) -> Iterator[Group]: ...  # this rank's share, as they finish
     def take_metrics(self) -> Metrics: ...  # over all ranks, since the last call; collective
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None: ...
+    def load_weights(self, weights: WeightSource, version: int) -> None: ...  # collective
 
 
 class Verifier(Protocol):
@@ -108,9 +116,7 @@ class Policy(ScoringModel, Protocol):
     version: int  # successful updates since the start of the run
 
     def update(self, batch: TrainBatch) -> Metrics: ...
-    def export_weights(
-        self,
-    ) -> Iterator[tuple[str, Tensor]]: ...  # collective: Hugging Face names, whole tensors
+    def weights(self) -> WeightSource: ...  # live; they change with the next update
 
 
 class Scheduler(Protocol):

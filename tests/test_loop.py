@@ -160,8 +160,8 @@ class FakeModel:
         self.fake.trace.append(f"{self.name} logprobs")
         return torch.full(batch.response_mask.shape, self.logprob)
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from ()
+    def weights(self) -> Any:
+        return None
 
     def update(self, batch: ScoredBatch | TrainBatch) -> Any:
         self.fake.trace.append(f"{self.name} update")

@@ -7,7 +7,7 @@ the engine (`policy.loss.importance`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.training import StepResult, TrainableEngine
 from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
-from megatron_prime.weights.gather import gather_hf_tensors
+from megatron_prime.weights.source import LiveWeights
 
 
 class MegatronPolicy:
@@ -115,6 +115,6 @@ class MegatronPolicy:
         )
         return {f"policy/{name}": value for name, value in found.items()}
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors in Hugging Face names on every rank; collective."""
-        return gather_hf_tensors(self.engine.modules, self.engine.shape)
+    def weights(self) -> LiveWeights:
+        """The live parameters, for a rollout engine to take."""
+        return LiveWeights(self.engine.modules, self.engine.shape)

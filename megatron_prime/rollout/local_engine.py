@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prime.config import ConfigError
-from megatron_prime.protocols import Tally
+from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.decoding import Request, decode
 from megatron_prime.types import Group, Metrics, Prompt, Rollout, Sampling
 
@@ -64,7 +63,7 @@ class LocalEngine:
             )
         self.model.eval().requires_grad_(False)
 
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: WeightSource, version: int) -> None:
         """Copy whole tensors under their Hugging Face names into the live model.
 
         A tied output layer may come under its own name or not at all. Until the last tensor has
@@ -75,7 +74,7 @@ class LocalEngine:
         owners = {id(tensor): name for name, tensor in self.model.named_parameters()}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         loaded: set[str] = set()
-        for name, tensor in weights:
+        for name, tensor in weights.whole():
             if name not in parameters:
                 raise ValueError(
                     f"load_weights: the rollout model has no parameter {name}; the policy's names "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.config import ConfigError
-from megatron_prime.protocols import Tally
+from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.runtime.rollout_files import RolloutFileError, read_steps
 from megatron_prime.types import Group, Metrics, Prompt, Sampling, VerifiedGroup
 
@@ -60,10 +60,8 @@ class RecordedRollouts:
         """Go on after as many; groups of later steps may have come to the folder since."""
         self._waiting = deque(self._groups[state["taken"] :])
 
-    def load_weights(self, weights: Iterable[Any], version: int) -> None:
-        """Take no weights, but run through them: their making is collective."""
-        for _ in weights:
-            pass
+    def load_weights(self, weights: WeightSource, version: int) -> None:
+        """Take no weights."""
         self.version = version
 
     def take_metrics(self) -> Metrics:

@@ -61,7 +61,7 @@ class ServerSpec:
     python: Path  # interpreter that has SGLang
     model_dir: Path  # config.json is read, weights are not
     tp: int
-    devices: tuple[int, ...] | None  # ids as in CUDA_VISIBLE_DEVICES; None: on the CPU
+    devices: tuple[str, ...] | None  # as in CUDA_VISIBLE_DEVICES; None: on the CPU
     host: str  # address to listen on
     api_key: str = field(repr=False)
     dtype: Literal["fp32", "bf16", "fp16"]
@@ -130,7 +130,7 @@ def server_environment(
     settings |= kept
     settings["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [kept.get("PYTHONPATH")])])
     if spec.devices is not None:
-        settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
     return settings
 
 

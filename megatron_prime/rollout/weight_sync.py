@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import json
 import pickle
-import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from megatron_prime.types import Metrics
 from megatron_prime.weights.fp8_blocks import Stretches
 from megatron_prime.weights.handover import Handover, HandoverError
 from megatron_prime.weights.reshard import Reshard
 
 LOADER = "megatron_prime.rollout.weight_loader.load"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What went wrong with one engine."""
+
+    text: str
+    restart: bool  # False: the process is well, only its weights are not
 
 
 class WeightSync:
@@ -35,7 +42,7 @@ class WeightSync:
         self._reshard, self._timeout_s = reshard, timeout_s
         self._handover = Handover.create(reshard.layout(timeout_s), device)
         self._sync = 0
-        self._seconds = 0.0
+        self.longest_s = timeout_s * (1 + len(reshard.plan.rounds))  # a sync may take
 
     def begin(self) -> bytes:
         """Start a sync; what the engine process of this rank has to be sent over HTTP."""
@@ -47,12 +54,11 @@ class WeightSync:
 
     def run(
         self, source: Stretches, servers: Collection[int], alive: Callable[[], bool]
-    ) -> str | None:
+    ) -> Problem | None:
         """Take part in the rounds; collective. `servers`: which ones are loaded.
 
         `alive`: whether this rank's engine is still there. Returns what went wrong with it.
         """
-        started = time.perf_counter()
         reshard, handover = self._reshard, self._handover
         tp = reshard.plan.engine.tp
         receivers = {server * tp + i for server in servers for i in range(tp)}
@@ -71,18 +77,11 @@ class WeightSync:
         if problem is None:
             problem = _problem_of(lambda: found.extend(handover.wait_done(self._timeout_s, alive)))
         handover.give_up()
-        self._seconds += time.perf_counter() - started
-        return problem or self._differences(expected, found)
+        if problem is not None:
+            return Problem(problem, restart=True)
+        return self._differences(expected, found)
 
-    def take_metrics(self) -> Metrics:
-        """What the last sync moved to this rank's engine process."""
-        received = sum(
-            message.nbytes for messages in self._reshard.incoming for message in messages
-        )
-        seconds, self._seconds = self._seconds, 0.0
-        return {"sync/bytes_per_rank": received, "sync/seconds": seconds}
-
-    def _differences(self, expected: list[int], found: list[int]) -> str | None:
+    def _differences(self, expected: list[int], found: list[int]) -> Problem | None:
         pieces = [piece for pieces in self._handover.layout.rounds for piece in pieces]
         wrong = [
             piece.parameter
@@ -92,7 +91,7 @@ class WeightSync:
         if not wrong:
             return None
         names = ", ".join(dict.fromkeys(wrong).keys())
-        return f"checksums of sent and loaded weights differ: {names}"
+        return Problem(f"checksums of sent and loaded weights differ: {names}", restart=False)
 
 
 def _problem_of(wait: Callable[[], None]) -> str | None:

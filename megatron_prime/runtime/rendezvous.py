@@ -21,6 +21,7 @@ class Rendezvous:
     master_addr: str = _LOOPBACK
     master_port: int = 29500  # torchrun's default
     attempt: int = 0  # torchrun's --max-restarts starts all ranks again, at the same store
+    local_world_size: int = 1  # ranks on this node
 
 
 def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
@@ -41,6 +42,7 @@ def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
             rank=int(environ["RANK"]),
             world_size=int(environ["WORLD_SIZE"]),
             local_rank=int(environ.get("LOCAL_RANK", "0")),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
             master_addr=environ["MASTER_ADDR"],
             master_port=int(environ["MASTER_PORT"]),
             attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
@@ -50,10 +52,17 @@ def rendezvous_from(environ: Mapping[str, str]) -> Rendezvous:
             rank=int(environ["SLURM_PROCID"]),
             world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environ.get("SLURM_LOCALID", "0")),
+            local_world_size=_tasks_here(environ),
             master_addr=environ.get("MASTER_ADDR") or _first_host(environ),
             master_port=int(environ.get("MASTER_PORT") or _port_of_job(environ)),
         )
     return Rendezvous()
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int:
+    """Tasks of the step on the first node, which all others should have, too: `8(x4),4` → 8."""
+    found = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(found.group()) if found else 1
 
 
 def _port_of_job(environ: Mapping[str, str]) -> int:

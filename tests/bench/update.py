@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         scored = alternate(known.repeat, lambda: ours.logprobs(rows), lambda: theirs.logprobs(rows))
         batch = train_batch(rows, theirs.logprobs(rows))
         updated = alternate(known.repeat, lambda: ours.update(batch), lambda: theirs.update(batch))
-        difference = compare(dict(ours.export_weights()), theirs.model.state_dict(), start)
+        difference = compare(dict(ours.weights().whole()), theirs.model.state_dict(), start)
     tokens = sum(len(sequence.token_ids) for sequence in rows.sequences)
     remarks = f"{len(rows.sequences)} ragged rows, {tokens} tokens"
     faster(

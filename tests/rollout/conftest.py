@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from given import Given
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_prime.rollout.local_engine import LocalEngine
@@ -75,7 +76,7 @@ def make_engine(hf_dir):
 @pytest.fixture
 def engine(make_engine, model):
     engine = make_engine()
-    engine.load_weights(iter(model.named_parameters()), version=3)
+    engine.load_weights(Given(model.named_parameters()), version=3)
     return engine
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from given import Given
 
 from megatron_prime.rollout.local_engine import end_of_sequence_ids
 from megatron_prime.types import Prompt, Sampling
@@ -43,7 +44,7 @@ def test_groups_carry_prompt_version_reason_and_text(engine, prompts):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 6, 9])
 def test_rollouts_do_not_depend_on_the_batch_size(make_engine, model, engine, prompts, batch_size):
     small = make_engine(batch_size=batch_size)
-    small.load_weights(iter(model.named_parameters()), version=3)
+    small.load_weights(Given(model.named_parameters()), version=3)
     assert_same_rollouts(
         by_prompt(small.generate(prompts, SAMPLING)), by_prompt(engine.generate(prompts, SAMPLING))
     )
@@ -56,7 +57,7 @@ def test_rollouts_do_not_depend_on_the_number_of_ranks(
     shares = []
     for rank in range(world_size):
         one = make_engine(rank, world_size)
-        one.load_weights(iter(model.named_parameters()), version=3)
+        one.load_weights(Given(model.named_parameters()), version=3)
         shares.append(by_prompt(one.generate(prompts, SAMPLING)))
     assert [list(share) for share in shares] == [
         [prompt.prompt_id for prompt in prompts[rank::world_size]] for rank in range(world_size)
@@ -67,7 +68,7 @@ def test_rollouts_do_not_depend_on_the_number_of_ranks(
 
 def test_a_group_comes_as_soon_as_its_batch_is_done(make_engine, model, prompts, monkeypatch):
     engine = make_engine(batch_size=8)
-    engine.load_weights(iter(model.named_parameters()), version=0)
+    engine.load_weights(Given(model.named_parameters()), version=0)
     done = []
     rollouts = engine._rollouts
 
@@ -86,17 +87,17 @@ def test_a_group_comes_as_soon_as_its_batch_is_done(make_engine, model, prompts,
 
 def test_new_weights_replace_the_old_ones(engine, model, prompts):
     before = by_prompt(engine.generate(prompts, SAMPLING))
-    engine.load_weights(iter([(n, 2 * p) for n, p in model.named_parameters()]), version=4)
+    engine.load_weights(Given([(n, 2 * p) for n, p in model.named_parameters()]), version=4)
     after = by_prompt(engine.generate(prompts, SAMPLING))
     assert {r.policy_version for g in after.values() for r in g.rollouts} == {4}
     assert any(after[i].rollouts != before[i].rollouts for i in before)
-    engine.load_weights(iter(model.named_parameters()), version=3)
+    engine.load_weights(Given(model.named_parameters()), version=3)
     assert_same_rollouts(by_prompt(engine.generate(prompts, SAMPLING)), before)
 
 
 def test_bf16_engine_takes_fp32_weights(make_engine, model, prompts):
     engine = make_engine(dtype="bf16")
-    engine.load_weights(iter(model.named_parameters()), version=0)
+    engine.load_weights(Given(model.named_parameters()), version=0)
     weight = engine.model.model.embed_tokens.weight
     assert weight.dtype == torch.bfloat16
     torch.testing.assert_close(weight, model.model.embed_tokens.weight.to(torch.bfloat16))
@@ -114,14 +115,14 @@ def test_a_tied_output_layer_may_come_under_its_own_name(make_engine, model, tie
     everything = list(model.named_parameters(remove_duplicate=False))
     assert ("lm_head.weight" in dict(model.named_parameters())) != tied
     engine = make_engine()
-    engine.load_weights(iter(everything), version=0)
+    engine.load_weights(Given(everything), version=0)
     assert engine.version == 0
     other = [(n, p + 1 if n == "lm_head.weight" else p) for n, p in everything]
     if tied:
         with pytest.raises(ValueError, match=r"lm_head.weight came twice with different values"):
-            engine.load_weights(iter(other), version=1)
+            engine.load_weights(Given(other), version=1)
     else:
-        engine.load_weights(iter(other), version=1)
+        engine.load_weights(Given(other), version=1)
         assert not torch.equal(engine.model.lm_head.weight, everything[-1][1])
 
 
@@ -144,7 +145,7 @@ def without(weights, name):
 )
 def test_wrong_weights_are_refused_and_leave_no_version(engine, model, prompts, spoil, message):
     with pytest.raises(ValueError, match=message):
-        engine.load_weights(iter(spoil(list(model.named_parameters()))), version=4)
+        engine.load_weights(Given(spoil(list(model.named_parameters()))), version=4)
     with pytest.raises(RuntimeError, match="no complete weights"):
         engine.generate(prompts, SAMPLING)
 
@@ -155,7 +156,7 @@ def test_an_interrupted_load_leaves_no_version(engine, model, prompts):
         raise OSError("the link is down")
 
     with pytest.raises(OSError, match="link"):
-        engine.load_weights(broken(), version=4)
+        engine.load_weights(Given(broken()), version=4)
     with pytest.raises(RuntimeError, match="no complete weights"):
         engine.generate(prompts, SAMPLING)
 
@@ -205,7 +206,7 @@ def test_no_batch_begins_when_there_is_enough(
     make_engine, model, engine, prompts, batch_size, batches, groups
 ):
     small = make_engine(batch_size=batch_size)
-    small.load_weights(iter(model.named_parameters()), version=3)
+    small.load_weights(Given(model.named_parameters()), version=3)
     found = list(small.generate(prompts, SAMPLING, After(batches)))
     assert [group.prompt for group in found] == prompts[:groups]
     whole = by_prompt(engine.generate(prompts[:groups], SAMPLING))

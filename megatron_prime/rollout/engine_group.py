@@ -1,0 +1,137 @@
+"""The ranks that one SGLang server belongs to, and what all ranks tell each other about servers.
+
+Server i serves the devices of ranks i * tp to i * tp + tp - 1; the first of them, its leader,
+starts it, speaks to it and kills it. Speaking happens in a thread with an event loop of its own, so
+that the leader's main thread can verify responses, or send weights, at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import psutil
+import torch.distributed as dist
+
+from megatron_prime.config import ConfigError
+from megatron_prime.rollout.sglang_arguments import ServerSpec
+from megatron_prime.rollout.sglang_client import SglangClient
+from megatron_prime.rollout.sglang_server import SglangServer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """This rank among the ranks and servers of the run."""
+
+    rank: int
+    world_size: int
+    tp: int
+
+    @property
+    def server(self) -> int:
+        """The server that this rank's device belongs to."""
+        return self.rank // self.tp
+
+    @property
+    def servers(self) -> int:
+        """Number of servers."""
+        return self.world_size // self.tp
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank starts its server and speaks to it."""
+        return self.rank % self.tp == 0
+
+
+class EngineGroup:
+    """One server as its ranks see it; every method but `ask` is called by all ranks alike."""
+
+    def __init__(
+        self, member: Membership, spec: ServerSpec, device_name: str | None, group: Any
+    ) -> None:
+        """Start the server, without waiting for it.
+
+        `spec` without devices; `device_name`: this rank's GPU as CUDA_VISIBLE_DEVICES has it, None
+        on a CPU. `group`: a gloo group of all ranks. Raises ConfigError if a server's ranks are
+        not on one node.
+        """
+        self.member = member
+        self._group = group
+        places: list[tuple[str, str | None]] = self.gathered((socket.gethostname(), device_name))
+        mine = places[member.server * member.tp : (member.server + 1) * member.tp]
+        if len({host for host, _ in mine}) > 1:
+            raise ConfigError(
+                f"rollout.tensor_parallel_size: found {member.tp}, but the ranks of server "
+                f"{member.server} are on {sorted({host for host, _ in mine})}; wanted a divisor of "
+                "the ranks per node"
+            )
+        devices = tuple(name for _, name in mine if name is not None)
+        self._server = SglangServer(replace(spec, devices=devices or None))
+        self._pid = 0
+        self._client: SglangClient | None = None  # once the server is up
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if member.leads:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
+            self._server.start()
+
+    @property
+    def client(self) -> SglangClient:
+        """Of the leader, once its server is up."""
+        assert self._client is not None, "wait_ready comes first, and only leaders have one"
+        return self._client
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        found: list[T] = [value] * self.member.world_size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def wait_ready(self) -> None:
+        """Return when all servers are up. Raises ServerNotStarted where one does not come up."""
+        pid = 0
+        if self.member.leads:
+            if self._client is None:
+                self._server.ready()
+                self._client = SglangClient(self._server.url, self._server.spec.api_key)
+                self.ask(self._client.__aenter__()).result()
+            pid = self._server.pid or 0
+        self._pid = self.gathered(pid)[self.member.server * self.member.tp]
+
+    def restart(self, servers: set[int]) -> None:
+        """Kill these servers and start them anew; `wait_ready` comes next."""
+        if self.member.leads and self.member.server in servers:
+            self.ask(self.client.__aexit__(None, None, None)).result()
+            self._client = None
+            self._server.kill()
+            self._server.start()
+
+    def alive(self) -> bool:
+        """Whether this rank's server runs."""
+        if self.member.leads:
+            return self._server.alive()
+        try:
+            return bool(psutil.Process(self._pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    def log_tail(self) -> str:
+        """The last lines of this rank's server's log."""
+        return f"{self._server.log_file} ends with\n{self._server.log_tail(20)}"
+
+    def ask(self, call: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a call of the client in the leader's event loop."""
+        assert self._loop is not None, "only the leader speaks to its server"
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
+
+    def close(self) -> None:
+        """Kill the server."""
+        if self.member.leads:
+            self._server.kill()

@@ -1,0 +1,239 @@
+"""The rollout engine on real SGLang servers, colocated with the trainer.
+
+Generation goes in passes. In a pass the leaders take prompts from one shared list, each as many as
+its server can work on, and hand out groups as they get ready, so that they are verified while
+others are still sampled. At the end of a pass all ranks tell each other what was answered and which
+servers died or hang. Those are restarted, get the present weights, and only what nobody has
+answered goes into another pass: no rollout is lost and none counted twice. After
+`rollout.max_restarts` restarts in a step the run stops with the last lines of the log.
+
+New weights go shard to shard, `weight_sync.py`. A sync whose checksums differ is done again, whole.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+
+from torch.distributed.distributed_c10d import Store
+
+from megatron_prime.errors import RunError
+from megatron_prime.options import RolloutSection
+from megatron_prime.protocols import Tally, WeightSource
+from megatron_prime.rollout.engine_group import EngineGroup
+from megatron_prime.rollout.generation import Limits, Partial, Pass, PassRunner
+from megatron_prime.rollout.local_engine import Tokenizer
+from megatron_prime.rollout.sglang_answers import SglangError
+from megatron_prime.rollout.weight_sync import LOADER, Problem, WeightSync
+from megatron_prime.types import Group, Metrics, Prompt, Sampling
+
+
+class TooManyRestarts(RunError):
+    """Servers die again and again."""
+
+
+class SglangEngine:
+    """The RolloutEngine role on SGLang servers; every rank has one and calls it alike."""
+
+    version = -1
+
+    def __init__(
+        self,
+        group: EngineGroup,
+        sync: WeightSync,
+        knobs: RolloutSection,
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int],
+        store: Store,
+    ) -> None:
+        """`stop_ids` end a response; `store`: where the leaders share out the prompts."""
+        self._group, self._sync, self._knobs = group, sync, knobs
+        self._tokenizer, self._stop_ids, self._store = tokenizer, stop_ids, store
+        self._weights: WeightSource | None = None
+        self._ready = False
+        self._passes = 0
+        self._failures = 0  # of servers, since the last new version
+        self._partials: dict[int, tuple[Partial, ...]] = {}
+        self._metrics: Metrics = {}
+
+    def load_weights(self, weights: WeightSource, version: int) -> None:
+        """Bring all servers to `version`. Raises TooManyRestarts."""
+        if not self._ready:
+            self._group.wait_ready()
+            self._ready = True
+        self.version, self._weights, self._failures = version, weights, 0
+        self._load(set(range(self._group.member.servers)))
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None = None
+    ) -> Iterator[Group]:
+        """Groups of the prompts that this rank's server has answered, as they get ready.
+
+        Raises RuntimeError without weights, TooManyRestarts, and what `sglang_answers.py` does for
+        answers that can't be trusted.
+        """
+        if self.version < 0:
+            raise RuntimeError("generate: the servers have no weights; call load_weights first")
+        return self._passes_over(list(prompts), sampling, enough)
+
+    def take_metrics(self) -> Metrics:
+        """Restarts, repeated syncs and continued tokens of all servers since the last call."""
+        mine, self._metrics = self._metrics, {}
+        total: Metrics = {
+            "rollout/server_restarts": 0,
+            "rollout/repeated_syncs": 0,
+            "rollout/continued_tokens": 0,
+        }
+        for found in self._group.gathered(mine):
+            for name, value in found.items():
+                total[name] += value
+        return total
+
+    def close(self) -> None:
+        """Kill this rank's server."""
+        self._group.close()
+
+    # ------------------------------------------------------------------ passes
+
+    def _passes_over(
+        self, prompts: list[Prompt], sampling: Sampling, enough: Tally | None
+    ) -> Iterator[Group]:
+        while prompts:
+            self._passes += 1
+            mine = yield from self._one_pass(prompts, sampling, enough)
+            reports = self._group.gathered((mine, enough is not None and enough.reached()))
+            answered = {number for found, _ in reports for number in found.answered}
+            for found, _ in reports:
+                self._partials |= found.partials
+            for number in answered:
+                self._partials.pop(number, None)
+            tp = self._group.member.tp
+            problems = {
+                rank // tp: Problem(found.problem, restart=True)
+                for rank, (found, _) in enumerate(reports)
+                if found.problem is not None
+            }
+            prompts = [prompt for prompt in prompts if prompt.prompt_id not in answered]
+            if problems:
+                self._make_anew(problems)
+                self._load(set(problems))
+            if any(reached for _, reached in reports):
+                return
+            if prompts and not problems:
+                raise RuntimeError(f"no server answered {len(prompts)} prompts: a mistake of ours")
+
+    def _one_pass(
+        self, prompts: Sequence[Prompt], sampling: Sampling, enough: Tally | None
+    ) -> Generator[Group, None, Pass]:
+        """This rank's part of a pass; its report is the generator's return value."""
+        member = self._group.member
+        if not member.leads:
+            return Pass()
+        keep_partial = self._knobs.keep_partial and enough is not None
+        partials = self._partials if keep_partial else {}
+        share = -(-len(prompts) // member.servers)
+        limits = Limits(
+            min(self._knobs.groups_in_flight, share),
+            self._knobs.request_timeout_s,
+            self._knobs.hang_timeout_s,
+            keep_partial,
+        )
+        runner = PassRunner(
+            self._group.client,
+            self._group.alive,
+            limits,
+            self._stop_ids,
+            self.version,
+            f"{self.version}-{self._passes}",
+            self._text,
+        )
+        ready: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        take = self._shared_counter()
+        running = self._group.ask(runner.run(prompts, sampling, partials, take, ready.put, enough))
+        running.add_done_callback(lambda _: ready.put(None))
+        while (group := ready.get()) is not None:
+            self._count("rollout/continued_tokens", _continued_tokens(group))
+            yield group
+        return running.result()
+
+    def _shared_counter(self) -> Callable[[], int]:
+        """Hands out 0, 1, 2 … once each, over all leaders of this pass."""
+        key = f"rollout_pass_{self._passes}"
+        return lambda: int(self._store.add(key, 1)) - 1
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    # ------------------------------------------------------------------ weights and restarts
+
+    def _load(self, servers: set[int]) -> None:
+        """Sync these servers; again those that failed, restarted unless only checksums differ."""
+        while problems := self._sync_once(servers):
+            self._count("rollout/repeated_syncs", self._leads_one_of(set(problems)))
+            self._make_anew(problems)
+            servers = set(problems)
+
+    def _sync_once(self, servers: set[int]) -> dict[int, Problem]:
+        """One try; what went wrong, by server."""
+        assert self._weights is not None, "load_weights comes before any sync"
+        member = self._group.member
+        payloads = self._group.gathered(self._sync.begin())
+        calling: Future[None] | None = None
+        if member.leads and member.server in servers:
+            first = member.server * member.tp
+            update = self._group.client.update_weights(
+                payloads[first : first + member.tp],
+                LOADER,
+                str(self.version),
+                flush_cache=True,
+                timeout_s=self._sync.longest_s,
+            )
+            calling = self._group.ask(update)
+        problem = self._sync.run(self._weights, servers, self._group.alive)
+        if calling is not None and problem is not None and problem.restart:
+            calling.cancel()
+        elif calling is not None:
+            try:
+                calling.result()
+            except SglangError as error:  # dead, hung, or at odds with itself: made anew
+                problem = Problem(str(error), restart=True)
+        found: dict[int, Problem] = {}
+        for rank, one in enumerate(self._group.gathered(problem)):
+            if (one is not None and not (before := found.get(rank // member.tp))) or (
+                one is not None and before is not None and one.restart
+            ):
+                found[rank // member.tp] = one
+        return found
+
+    def _make_anew(self, problems: dict[int, Problem]) -> None:
+        """Restart the servers that need it, if the step may have that many failures."""
+        self._failures += len(problems)
+        logs = self._group.gathered(self._group.log_tail())
+        told = [
+            f"server {server}: {problem.text}\n{logs[server * self._group.member.tp]}"
+            for server, problem in sorted(problems.items())
+        ]
+        if self._failures > self._knobs.max_restarts:
+            raise TooManyRestarts(
+                f"SGLang servers failed {self._failures} times in one step, more than "
+                f"rollout.max_restarts = {self._knobs.max_restarts}:\n" + "\n".join(told)
+            )
+        if self._group.member.rank == 0:
+            print("SGLang: " + "\n".join(told), flush=True)
+        if dead := {server for server, problem in problems.items() if problem.restart}:
+            self._count("rollout/server_restarts", self._leads_one_of(dead))
+            self._group.restart(dead)
+            self._group.wait_ready()
+
+    def _leads_one_of(self, servers: set[int]) -> int:
+        """1 on one rank of each of the servers, 0 elsewhere."""
+        return int(self._group.member.leads and self._group.member.server in servers)
+
+    def _count(self, name: str, value: float) -> None:
+        self._metrics[name] = self._metrics.get(name, 0) + value
+
+
+def _continued_tokens(group: Group) -> int:
+    """Tokens that were sampled in an earlier round."""
+    return sum(span.tokens for rollout in group.rollouts for span in rollout.older_spans)

@@ -1,0 +1,110 @@
+"""From the configuration to the SGLang engine of this rank."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from megatron_prime.config import ConfigError, ParallelSizes, RunConfig
+from megatron_prime.rollout.engine_group import EngineGroup, Membership
+from megatron_prime.rollout.local_engine import DTYPES, end_of_sequence_ids
+from megatron_prime.rollout.sglang_arguments import ServerSpec
+from megatron_prime.rollout.sglang_engine import SglangEngine
+from megatron_prime.rollout.weight_sync import LOADER, WeightSync
+from megatron_prime.weights.placement import BLOCK, EngineLayout, TrainingLayout
+from megatron_prime.weights.plan import ReshardPlan, make_plan
+from megatron_prime.weights.reshard import Reshard
+from megatron_prime.weights.shape import ModelShape
+
+LOOPBACK = "127.0.0.1"
+
+
+def sglang_engine(
+    config: RunConfig,
+    sizes: ParallelSizes,
+    tokenizer: Any,
+    device: torch.device,
+    local_ranks: int,
+    store: Store | None,
+    tp_group: dist.ProcessGroup | None,
+) -> SglangEngine:
+    """Start this rank's server, without waiting for it, and plan how it gets its weights.
+
+    `sizes`: how the source of the weights is split; `tp_group`: its tensor-parallel ranks.
+    `store`: where the ranks met, None for one process. Raises ConfigError for what SGLang can't do.
+    """
+    knobs = config.rollout
+    member = Membership(dist.get_rank(), dist.get_world_size(), knobs.tensor_parallel_size)
+    plan = reshard_plan(config, sizes, member.world_size, local_ranks)
+    if knobs.fp8_weights and device.type != "cuda":
+        raise ConfigError("rollout.fp8_weights: found no GPU, and SGLang has FP8 only there")
+    objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.timeout_s))
+    group = EngineGroup(member, _spec(config, member, objects), _name_of(device), objects)
+    dtype = DTYPES[config.precision.policy.dtype]
+    reshard = Reshard(plan, member.rank, dtype, tp_group)
+    return SglangEngine(
+        group,
+        WeightSync(reshard, device, knobs.sync_timeout_s),
+        knobs,
+        tokenizer,
+        end_of_sequence_ids(tokenizer, config.model.hf),
+        store or dist.HashStore(),  # type: ignore[attr-defined]
+    )
+
+
+def reshard_plan(
+    config: RunConfig, sizes: ParallelSizes, world_size: int, ranks_per_node: int
+) -> ReshardPlan:
+    """How a run's weights go from the trainer to its servers; without a process group."""
+    knobs = config.rollout
+    return make_plan(
+        ModelShape.from_hf(config.model.hf, sizes.tp),
+        TrainingLayout(sizes, world_size),
+        EngineLayout(knobs.tensor_parallel_size, world_size, knobs.fp8_weights),
+        DTYPES[config.precision.policy.dtype].itemsize,
+        knobs.sync_bucket_mib * 2**20,
+        ranks_per_node,
+    )
+
+
+def _spec(config: RunConfig, member: Membership, objects: Any) -> ServerSpec:
+    knobs, options = config.rollout, dict(config.sglang)
+    if knobs.fp8_weights:
+        override = json.loads(options.get("json_model_override_args", "{}"))
+        override["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+        options["json_model_override_args"] = json.dumps(override)
+    key: list[str] = [secrets.token_hex(16)]
+    dist.broadcast_object_list(key, src=0, group=objects)  # one for the run
+    return ServerSpec(
+        python=knobs.sglang_python or Path(sys.executable),
+        model_dir=config.model.hf.resolve(),
+        tp=member.tp,
+        devices=None,  # `EngineGroup` asks the ranks
+        host=LOOPBACK,
+        api_key=key[0],
+        dtype=config.precision.policy.dtype,
+        folder=config.run.folder.resolve() / "engines" / str(member.server),
+        options=options,
+        start_timeout_s=knobs.start_timeout_s,
+        weight_loader=LOADER,
+    )
+
+
+def _name_of(device: torch.device) -> str | None:
+    """The GPU as CUDA_VISIBLE_DEVICES has it in any process; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
