@@ -108,8 +108,7 @@ class EngineGroup:
     def restart(self, servers: set[int]) -> None:
         """Kill these servers and start them anew; `wait_ready` comes next."""
         if self.member.leads and self.member.server in servers:
-            self.ask(self.client.__aexit__(None, None, None)).result()
-            self._client = None
+            self._hang_up()
             self._server.kill()
             self._server.start()
 
@@ -132,6 +131,12 @@ class EngineGroup:
         return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def close(self) -> None:
-        """Kill the server."""
+        """Hang up and kill the server."""
         if self.member.leads:
+            self._hang_up()
             self._server.kill()
+
+    def _hang_up(self) -> None:
+        if self._client is not None:
+            self.ask(self._client.__aexit__(None, None, None)).result()
+        self._client = None
