@@ -165,8 +165,10 @@ class SglangServer:
         """Kill the server and all its children, and wait until they are gone. Once is enough."""
         process, self._process = self._process, None
         if process is not None:
-            with suppress(psutil.NoSuchProcess):  # children of one that is dead die by themselves
-                _kill_children(psutil.Process(process.pid))
+            # Children first, which are then reaped; those of one that is dead are dying already.
+            ours = process.poll() is None or not psutil.pid_exists(process.pid)
+            members = [one for one in _session(process.pid) if one.pid != process.pid]
+            _kill(members if ours else [])
             process.kill()
             process.wait()
             self.state_file.unlink(missing_ok=True)
@@ -205,14 +207,23 @@ class SglangServer:
         self.state_file.unlink(missing_ok=True)
 
 
-def _kill_children(process: psutil.Process) -> None:
-    """Kill what the process has started, all generations, while it still lives to reap them."""
-    children = process.children(recursive=True)
-    for child in children:
+def _session(leader: int) -> list[psutil.Process]:
+    """All processes of the session that `leader` has begun; its children stay in it without it."""
+    members = []
+    for pid in psutil.pids():
+        with suppress(OSError, psutil.NoSuchProcess):  # it has just ended
+            if os.getsid(pid) == leader:
+                members.append(psutil.Process(pid))
+    return members
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """Kill them and wait until they are gone."""
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
+            process.kill()
     deadline = time.monotonic() + GONE_WITHIN_S
-    while time.monotonic() < deadline and not all(_gone(child) for child in children):
+    while time.monotonic() < deadline and not all(map(_gone, processes)):
         time.sleep(0.01)
 
 

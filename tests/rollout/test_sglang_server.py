@@ -45,6 +45,19 @@ def test_it_lives_from_start_to_kill(server) -> None:
     assert not server.state_file.exists()
 
 
+def test_killing_reaches_what_the_server_left_behind(tmp_path) -> None:
+    server = SglangServer(spec(tmp_path, orphan=True))
+    server.start()
+    server.ready()
+    (orphan,) = psutil.Process(server.pid).children()
+    os.kill(server.pid, signal.SIGKILL)
+    while server.alive():
+        time.sleep(0.01)
+    assert not sglang_server._gone(orphan)
+    server.kill()
+    assert sglang_server._gone(orphan)
+
+
 def test_it_can_be_started_again_after_it_died(server) -> None:
     server.start()
     server.ready()
