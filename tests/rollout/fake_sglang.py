@@ -198,7 +198,7 @@ def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> Se
 
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "fake_python"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$3"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$4"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return ServerSpec(
         python=program,
@@ -215,7 +215,7 @@ def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> Se
 
 
 def main() -> None:
-    """What `fake_python -m megatron_prime.rollout.sglang_main PID` runs."""
+    """What `fake_python -P -m megatron_prime.rollout.sglang_main PID` runs."""
     die_with(int(sys.argv[1]))
     options = json.load(sys.stdin)
     faults = options.pop("faults")
