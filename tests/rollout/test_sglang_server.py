@@ -168,7 +168,7 @@ def test_the_users_options_win_over_our_defaults_only(tmp_path) -> None:
 
 
 def test_a_gpu_server_gets_devices_and_none_of_the_cpu_settings(tmp_path) -> None:
-    on_gpus = dataclasses.replace(spec(tmp_path, tp=2), devices=(3, 5), dtype="bf16")
+    on_gpus = dataclasses.replace(spec(tmp_path, tp=2), devices=("3", "5"), dtype="bf16")
     arguments = server_arguments(on_gpus, 1, 2)
     assert (arguments["device"], arguments["dtype"]) == ("cuda", "bfloat16")
     assert "attention_backend" not in arguments
@@ -176,7 +176,7 @@ def test_a_gpu_server_gets_devices_and_none_of_the_cpu_settings(tmp_path) -> Non
     assert environment["CUDA_VISIBLE_DEVICES"] == "3,5"
     assert str(CPU_FOLDER) not in environment["PYTHONPATH"]
     with pytest.raises(ConfigError, match="found 1 devices for a server of 2 ranks"):
-        dataclasses.replace(on_gpus, devices=(3,))
+        dataclasses.replace(on_gpus, devices=("3",))
 
 
 def test_the_trainers_launcher_does_not_reach_the_server(tmp_path) -> None:
