@@ -17,7 +17,7 @@ from typing import Any, Literal
 import megatron_prime
 from megatron_prime.config import ConfigError
 
-REPOSITORY = Path(megatron_prime.__file__).parents[1]
+PACKAGE = Path(megatron_prime.__file__).parent
 CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Set by the trainer's launcher about the trainer's ranks; torch would mistake them for the server's
@@ -103,6 +103,14 @@ def server_arguments(spec: ServerSpec, port: int, nccl_port: int) -> dict[str, A
     return defaults | dict(spec.options) | owned
 
 
+def import_folder(spec: ServerSpec) -> Path:
+    """Where the server imports our package from: a folder with a link to it, and nothing else.
+
+    Beside the package itself there may be the trainer's whole environment, with another torch.
+    """
+    return spec.folder / "import"
+
+
 def server_environment(
     spec: ServerSpec, environ: Mapping[str, str], cores: Sequence[int]
 ) -> dict[str, str]:
@@ -115,7 +123,7 @@ def server_environment(
         for name, value in environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
-    path = [str(REPOSITORY)]
+    path = [str(import_folder(spec))]
     settings = {
         # /health answers at once whether the server is up; /health_generate asks the scheduler
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",

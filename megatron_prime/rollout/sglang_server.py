@@ -18,19 +18,20 @@ import os
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
 
 from megatron_prime.errors import RunError
 from megatron_prime.rollout.sglang_arguments import (
-    REPOSITORY,
+    PACKAGE,
     ServerSpec,
+    import_folder,
     server_arguments,
     server_environment,
 )
@@ -39,6 +40,7 @@ LEFT_OVER_GRACE_S = 10.0  # a server of a run that was killed just now is dying
 GONE_WITHIN_S = 30.0  # after kill -9; the kernel may take long to free a GPU's memory
 POLL_S = 0.2
 TAIL_LINES = 30
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the environment
 
 
 class ServerNotStarted(RunError):
@@ -117,18 +119,18 @@ class SglangServer:
         assert not self.alive(), "the server runs already; kill it first"
         self.kill()
         self._refuse_left_over()
-        self.spec.folder.mkdir(parents=True, exist_ok=True)
+        _link_package(import_folder(self.spec))
         self._ports = [_reserved_port(self.spec.host), _reserved_port(self.spec.host)]
         self.port, nccl_port = (held.getsockname()[1] for held in self._ports)
         arguments = server_arguments(self.spec, self.port, nccl_port)
         module = "megatron_prime.rollout.sglang_main"
         with os.fdopen(_private_log(self.log_file), "ab") as log:
             self._process = subprocess.Popen(
-                [str(self.spec.python), "-m", module, str(os.getpid())],
+                # -P: not from the present folder, which user's relative paths start from
+                [str(self.spec.python), "-P", "-m", module, str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=REPOSITORY,
                 env=server_environment(self.spec, os.environ, sorted(_cores())),
                 start_new_session=True,  # Ctrl-C is for the trainer, which may want to save first
             )
@@ -165,8 +167,10 @@ class SglangServer:
         """Kill the server and all its children, and wait until they are gone. Once is enough."""
         process, self._process = self._process, None
         if process is not None:
-            with suppress(psutil.NoSuchProcess):  # children of one that is dead die by themselves
-                _kill_children(psutil.Process(process.pid))
+            # Children first, which are then reaped; those of one that is dead are dying already.
+            ours = process.poll() is None or not psutil.pid_exists(process.pid)
+            members = [one for one in _session(process.pid) if one.pid != process.pid]
+            _kill(members if ours else [])
             process.kill()
             process.wait()
             self.state_file.unlink(missing_ok=True)
@@ -185,9 +189,9 @@ class SglangServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5.0) as answer:
+            with _NO_PROXY.open(f"{self.url}/health", timeout=5.0) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):  # not listening yet, or 503: still starting
+        except (OSError, HTTPException):  # not listening yet, or 503: still starting
             return False
 
     def _refuse_left_over(self) -> None:
@@ -205,14 +209,23 @@ class SglangServer:
         self.state_file.unlink(missing_ok=True)
 
 
-def _kill_children(process: psutil.Process) -> None:
-    """Kill what the process has started, all generations, while it still lives to reap them."""
-    children = process.children(recursive=True)
-    for child in children:
+def _session(leader: int) -> list[psutil.Process]:
+    """All processes of the session that `leader` has begun; its children stay in it without it."""
+    members = []
+    for pid in psutil.pids():
+        with suppress(OSError, psutil.NoSuchProcess):  # it has just ended
+            if os.getsid(pid) == leader:
+                members.append(psutil.Process(pid))
+    return members
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """Kill them and wait until they are gone."""
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
+            process.kill()
     deadline = time.monotonic() + GONE_WITHIN_S
-    while time.monotonic() < deadline and not all(_gone(child) for child in children):
+    while time.monotonic() < deadline and not all(map(_gone, processes)):
         time.sleep(0.01)
 
 
@@ -228,6 +241,14 @@ def _cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
+
+
+def _link_package(folder: Path) -> None:
+    """Make the folder, and the one it is in, with a link to our package."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / PACKAGE.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(PACKAGE)
 
 
 def _private_log(file: Path) -> int:

@@ -8,6 +8,7 @@ what the real server answered. Faults, all off by default:
 - `hang_after`: from the n-th on, nothing is answered any more;
 - `spoil`: the n-th answer is wrong by the n-th of these: `lengths`, `nan`, `version`, `count`,
   `stop`, or null;
+- `orphan`: it has a child that would outlive it;
 - `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status.
 """
 
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import stat
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -196,7 +198,7 @@ def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> Se
 
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "fake_python"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$3"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$4"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return ServerSpec(
         python=program,
@@ -213,13 +215,15 @@ def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> Se
 
 
 def main() -> None:
-    """What `fake_python -m megatron_prime.rollout.sglang_main PID` runs."""
+    """What `fake_python -P -m megatron_prime.rollout.sglang_main PID` runs."""
     die_with(int(sys.argv[1]))
     options = json.load(sys.stdin)
     faults = options.pop("faults")
     if "exit_at_start" in faults:
         print(f"some error; {options['api_key']}", flush=True)
         sys.exit(faults["exit_at_start"])
+    if "orphan" in faults:
+        subprocess.Popen(["sleep", "60"])
     app = application(Fake(options, faults))
     web.run_app(app, host=options["host"], port=options["port"], reuse_address=True, print=None)
 

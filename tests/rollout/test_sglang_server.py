@@ -45,6 +45,33 @@ def test_it_lives_from_start_to_kill(server) -> None:
     assert not server.state_file.exists()
 
 
+def test_killing_reaches_what_the_server_left_behind(tmp_path) -> None:
+    server = SglangServer(spec(tmp_path, orphan=True))
+    server.start()
+    server.ready()
+    (orphan,) = psutil.Process(server.pid).children()
+    os.kill(server.pid, signal.SIGKILL)
+    while server.alive():
+        time.sleep(0.01)
+    assert not sglang_server._gone(orphan)
+    server.kill()
+    assert sglang_server._gone(orphan)
+
+
+def test_a_proxy_is_not_asked_for_the_server(server, monkeypatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server.start()
+    server.ready()
+
+
+def test_the_server_imports_our_package_and_nothing_that_lies_beside_it(server) -> None:
+    server.start()
+    folders = psutil.Process(server.pid).environ()["PYTHONPATH"].split(os.pathsep)
+    first = Path(folders[0])
+    assert [path.name for path in first.iterdir()] == ["megatron_prime"]
+    assert (first / "megatron_prime").samefile(Path(sglang_server.__file__).parents[1])
+
+
 def test_it_can_be_started_again_after_it_died(server) -> None:
     server.start()
     server.ready()
