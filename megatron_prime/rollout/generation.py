@@ -100,7 +100,10 @@ class PassRunner:
         """
 
         async def worker() -> None:
-            while not self._aborting and (number := take()) < len(prompts):
+            while not self._aborting:
+                number = await asyncio.to_thread(take)
+                if number >= len(prompts):
+                    return
                 prompt = prompts[number]
                 group = await self._answer(prompt, sampling, partials.get(prompt.prompt_id))
                 self._last_sign = time.monotonic()
@@ -175,7 +178,7 @@ class PassRunner:
             await asyncio.sleep(WATCH_S)
             if not self._alive():
                 raise ServerLost("the server's process has ended")
-            if enough is not None and enough.reached():
+            if enough is not None and await asyncio.to_thread(enough.reached):
                 self._aborting = True
                 await self._client.abort()  # again and again: a request may come after an abort
             now = time.monotonic()

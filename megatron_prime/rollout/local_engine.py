@@ -155,15 +155,19 @@ class LocalEngine:
 
 
 def end_of_sequence_ids(tokenizer: Tokenizer, hf_dir: Path) -> tuple[int, ...]:
-    """The tokens that end a response: the tokenizer's, and those of generation_config.json."""
+    """The tokens that end a response: the tokenizer's, and those of the model's configurations.
+
+    SGLang ends at any of them, so every engine does.
+    """
     found = {tokenizer.eos_token_id} - {None}
-    generation_config = hf_dir / "generation_config.json"
-    if generation_config.exists():
-        more = json.loads(generation_config.read_text()).get("eos_token_id")
-        found |= set(more) if isinstance(more, list) else {more} - {None}
+    for path in (hf_dir / "config.json", hf_dir / "generation_config.json"):
+        if path.exists():
+            more = json.loads(path.read_text()).get("eos_token_id")
+            found |= set(more) if isinstance(more, list) else {more} - {None}
     if not found:
         raise ConfigError(
-            f"{hf_dir}: neither the tokenizer nor generation_config.json names an end-of-sequence "
-            "token, so no response would ever stop; set eos_token in tokenizer_config.json"
+            f"{hf_dir}: neither the tokenizer nor config.json or generation_config.json names an "
+            "end-of-sequence token, so no response would ever stop; set eos_token in "
+            "tokenizer_config.json"
         )
     return tuple(sorted(token for token in found if token is not None))
