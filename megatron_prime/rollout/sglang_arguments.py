@@ -39,6 +39,7 @@ OWNED = {  # and who has the say instead
 }
 DEFAULTS: dict[str, Any] = {
     "skip_server_warmup": True,  # the first requests would be answered from dummy weights
+    "sleep_on_idle": True,  # or its processes would take cores from the trainer while it trains
     "log_level": "info",
 }
 CPU_DEFAULTS: dict[str, Any] = {
