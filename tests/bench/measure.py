@@ -6,7 +6,6 @@ import ctypes
 import re
 from pathlib import Path
 
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGEST_THRESHOLD = 32 * 2**20  # where glibc's own adjustment ends
 
