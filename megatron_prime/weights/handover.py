@@ -193,8 +193,11 @@ class Handover:
         while not reached():
             if self._read(_STATE) == _FAILED:
                 length = int(self._header[_REPLY_BYTES])
-                said = self._memory[self._reply_at : self._reply_at + length].decode()
-                raise HandoverError(f"the rollout engine could not load new weights: {said}")
+                said = self._memory[self._reply_at : self._reply_at + length]
+                raise HandoverError(
+                    "the rollout engine could not load new weights: "
+                    + said.decode(errors="replace")  # it may be cut in the middle of a letter
+                )
             if pause > 1e-3 and not alive() and not reached():
                 raise HandoverError("the rollout engine died while it loaded new weights")
             if time.monotonic() > deadline:
