@@ -21,7 +21,9 @@ import json
 import mmap
 import os
 import pickle
+import secrets
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +33,7 @@ from torch import Tensor
 
 # The header. Counters carry the number of their sync, for an engine may still be at the last one
 # when the trainer has given that up; each has one writer.
-_PUBLISHED, _GIVEN_UP, _LOADED, _STATE, _REPLY_BYTES = range(5)
+_PUBLISHED, _GIVEN_UP, _LOADED, _STATE, _REPLY_BYTES, _KEY = range(6)
 _HEADER_BYTES, _REPLY_ROOM = 4096, 2**20
 _PAGE = 4096
 _TAG = 2**32
@@ -92,30 +94,37 @@ class Handover:
         self._reply_at = first + 8 * count
         self.buffers: tuple[Tensor, Tensor]
         self.ticket = ""  # what `open` wants; only the trainer's side has one
+        self.close: Callable[[], object]  # nobody can open it any more; what is open stays so
 
     @classmethod
     def create(cls, layout: HandoverLayout, device: torch.device) -> Handover:
-        """The trainer's side."""
+        """The trainer's side; closed when it is no longer used."""
         text = layout.to_json().encode()
         on_gpu = device.type == "cuda"
         reply_end = _HEADER_BYTES + 8 * max(1, layout.pieces) + _REPLY_ROOM
         data_at = -(-(reply_end + len(text)) // _PAGE) * _PAGE
         file = os.memfd_create("megatron_prime_handover")
-        os.ftruncate(file, data_at + (0 if on_gpu else 2 * layout.buffer_bytes))
+        os.ftruncate(file, data_at + (0 if on_gpu else 2 * _whole_pages(layout.buffer_bytes)))
         memory = mmap.mmap(file, 0)
         memory[reply_end : reply_end + len(text)] = text
         handover = cls(memory, layout)
+        handover.close = weakref.finalize(handover, os.close, file)
         handle = ""
         if on_gpu:
-            both = torch.empty(2, layout.buffer_bytes, dtype=torch.uint8, device=device)
+            size = 2 * _whole_pages(layout.buffer_bytes)
+            both = torch.empty(size, dtype=torch.uint8, device=device)
             shared = both.untyped_storage()._share_cuda_()
             handle = base64.b64encode(pickle.dumps(shared)).decode()
-            handover.buffers = (both[0], both[1])
+            handover.buffers = _halves(both, layout.buffer_bytes)
         else:
-            handover.buffers = _halves(memory, data_at, layout.buffer_bytes)
+            both = torch.frombuffer(memory, dtype=torch.uint8, offset=data_at)
+            handover.buffers = _halves(both, layout.buffer_bytes)
+        key = secrets.randbelow(2**62)
+        handover._header[_KEY] = key
         handover.ticket = json.dumps(
             {
                 "path": f"/proc/{os.getpid()}/fd/{file}",
+                "key": key,
                 "layout": [reply_end, len(text)],
                 "data": data_at,
                 "cuda": handle,
@@ -125,11 +134,12 @@ class Handover:
 
     @classmethod
     def open(cls, ticket: str, device: torch.device) -> Handover:
-        """The engine's side, from the trainer's `ticket`."""
+        """The engine's side, from the trainer's `ticket`.
+
+        Raises HandoverError when that leads nowhere, or to something else.
+        """
         found = json.loads(ticket)
-        file = os.open(found["path"], os.O_RDWR)
-        memory = mmap.mmap(file, 0)
-        os.close(file)
+        memory = _opened(found["path"], found["key"])
         start, length = found["layout"]
         handover = cls(memory, HandoverLayout.from_json(memory[start : start + length].decode()))
         nbytes = handover.layout.buffer_bytes
@@ -139,10 +149,10 @@ class Handover:
             index = torch.cuda.current_device() if device.index is None else device.index
             storage = torch.UntypedStorage._new_shared_cuda(index, *others)
             both = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index))
-            both.set_(storage, 0, (2, nbytes), (nbytes, 1))
-            handover.buffers = (both[0], both[1])
+            both.set_(storage, 0, (2 * _whole_pages(nbytes),), (1,))
         else:
-            handover.buffers = _halves(memory, found["data"], nbytes)
+            both = torch.frombuffer(memory, dtype=torch.uint8, offset=found["data"])
+        handover.buffers = _halves(both, nbytes)
         return handover
 
     # ------------------------------------------------------------------ the trainer's side
@@ -183,8 +193,11 @@ class Handover:
         while not reached():
             if self._read(_STATE) == _FAILED:
                 length = int(self._header[_REPLY_BYTES])
-                said = self._memory[self._reply_at : self._reply_at + length].decode()
-                raise HandoverError(f"the rollout engine could not load new weights: {said}")
+                said = self._memory[self._reply_at : self._reply_at + length]
+                raise HandoverError(
+                    "the rollout engine could not load new weights: "
+                    + said.decode(errors="replace")  # it may be cut in the middle of a letter
+                )
             if pause > 1e-3 and not alive() and not reached():
                 raise HandoverError("the rollout engine died while it loaded new weights")
             if time.monotonic() > deadline:
@@ -236,9 +249,32 @@ def _tagged(sync: int, number: int) -> int:
     return sync * _TAG + number
 
 
-def _halves(memory: mmap.mmap, start: int, nbytes: int) -> tuple[Tensor, Tensor]:
-    first, second = (
-        torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start + i * nbytes)
-        for i in (0, 1)
-    )
-    return first, second
+def _opened(path: str, key: int) -> mmap.mmap:
+    """The trainer's memory, which has the ticket's key in its header."""
+    try:
+        file = os.open(path, os.O_RDWR)
+        try:
+            memory = mmap.mmap(file, 0)
+        finally:
+            os.close(file)
+        found = int.from_bytes(memory[8 * _KEY : 8 * _KEY + 8], "little")
+    except (OSError, ValueError) as error:  # gone; of another user; another process of that number
+        found, reason = None, f": {error}"
+    else:
+        reason = ", which holds something else"
+    if found != key:
+        raise HandoverError(
+            f"the trainer's memory is not at {path}{reason}; trainer and server must run on one "
+            "machine, as one user, in one namespace of processes (the same container)"
+        )
+    return memory
+
+
+def _whole_pages(nbytes: int) -> int:
+    """Rounded up, so that the second buffer starts where any type of values may."""
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _halves(both: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
+    second = _whole_pages(nbytes)
+    return both[:nbytes], both[second : second + nbytes]

@@ -5,7 +5,7 @@ what a trainer's shard and an engine's parameter have in common. What a rank nee
 is copied, not sent; else the least busy of the ranks that hold it sends it (data-parallel and
 context-parallel replicas, both ends of a tied embedding), those of the same node first. Pieces
 travel in rounds of at most one bucket per receiver, so that a round can be loaded while the next
-one is on its way.
+one is on its way; each round has pieces of all pipeline stages, so that all ranks send in it.
 
 The plan is a pure function of the model's shape and two layouts, the same on every rank; made once
 per run, without a process group or a device.
@@ -135,7 +135,7 @@ def make_plan(
         for rank in range(engine.tp)
         if (parameters := tuple(engine.parameters(shape, rank)))
     ]
-    cut = [_cut(pieces, bucket_bytes) for pieces in per_rank]
+    cut = [_cut(_stages_in_turn(pieces), bucket_bytes) for pieces in per_rank]
     rounds = tuple(
         tuple(ranks[i] if i < len(ranks) else () for ranks in cut)
         for i in range(max(len(ranks) for ranks in cut))
@@ -151,7 +151,7 @@ def _pieces(
     value_bytes: int,
     bucket_bytes: int,
 ) -> Iterator[Piece]:
-    """What an engine rank needs, shard by shard, no piece larger than a bucket."""
+    """What an engine rank needs, shard by shard, in pieces of at most a bucket over the stages."""
     sizes = hf_shapes(shape)
     item_bytes = {Form.VALUES: value_bytes, Form.FP8: 1, Form.SCALES: 4}
     for parameter in parameters:
@@ -174,7 +174,7 @@ def _pieces(
                     target=relative(region, stretch.region, stretch.row),
                     nbytes=numel(region) * item_bytes[parameter.form],
                 )
-                yield from _split(piece, bucket_bytes)
+                yield from _split(piece, max(1, bucket_bytes // training.sizes.pp))
 
 
 def _own_blocks(held: Region) -> Region:
@@ -182,11 +182,11 @@ def _own_blocks(held: Region) -> Region:
     return tuple((-(-start // BLOCK), -(-stop // BLOCK)) for start, stop in held)
 
 
-def _split(piece: Piece, bucket_bytes: int) -> Iterator[Piece]:
-    """Cut by rows into pieces of at most a bucket (or one row)."""
+def _split(piece: Piece, max_bytes: int) -> Iterator[Piece]:
+    """Cut by rows into pieces of at most `max_bytes` (or one row)."""
     (start, stop), *columns = piece.region
     first = piece.target[0][0]
-    rows = max(1, min(stop - start, bucket_bytes * (stop - start) // piece.nbytes))
+    rows = max(1, min(stop - start, max_bytes * (stop - start) // piece.nbytes))
     for at in range(start, stop, rows):
         until = min(at + rows, stop)
         yield replace(
@@ -195,6 +195,20 @@ def _split(piece: Piece, bucket_bytes: int) -> Iterator[Piece]:
             target=((first + at - start, first + until - start), *piece.target[1:]),
             nbytes=piece.nbytes // (stop - start) * (until - at),
         )
+
+
+def _stages_in_turn(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces of each pipeline stage spread evenly over the whole sync, in their order."""
+    by_stage: dict[tuple[int, ...], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_stage[piece.source.stages].append(piece)
+    placed: list[tuple[float, Piece]] = []
+    for of_stage in by_stage.values():
+        total, before = sum(piece.nbytes for piece in of_stage), 0
+        for piece in of_stage:
+            placed.append((before / total, piece))
+            before += piece.nbytes
+    return [piece for _, piece in sorted(placed, key=lambda at: at[0])]
 
 
 def _cut(pieces: Sequence[Piece], bucket_bytes: int) -> list[tuple[Piece, ...]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints a Markdown table of all benchmarks, for docs/benchmarks.md; about nine minutes when the
+# Prints a Markdown table of all benchmarks, for docs/benchmarks.md; about ten minutes when the
 # machine does nothing else. Everything runs on the same two cores, with two threads.
 #
 #   bash tests/bench/run.sh > table.md
@@ -30,4 +30,5 @@ bench update "$folder"
 bench update "$folder" --hidden 256 --layers 4 --repeat 3
 bench rloo_step "$folder"
 bench packing
+bench bench_reshard
 bench startup "$folder"

@@ -1,0 +1,116 @@
+"""The planner's command line on a 70B model that exists only as a config.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_70B))
+    (tmp_path / "train.jsonl").write_text("")
+    path = tmp_path / "prime.toml"
+    path.write_text(
+        f"""
+        run.folder = "{tmp_path}/run"
+        model.hf = "{tmp_path}/hf"
+        data.train = "{tmp_path}/train.jsonl"
+        data.template = "plain"
+        rollout.engine = "sglang"
+        rollout.tensor_parallel_size = 8
+        [megatron]
+        tensor_model_parallel_size = 8
+        pipeline_model_parallel_size = 4
+        """
+    )
+    return path
+
+
+def gigabytes(output: str, line: str) -> float:
+    found = re.search(rf"{line}\s+([\d.]+) GB", output)
+    assert found is not None, output
+    return float(found[1])
+
+
+def test_70b_on_64_gpus(tool: ModuleType, config: Path, capsys: pytest.CaptureFixture) -> None:
+    """70.55 G parameters in bf16: 141 GB; an eighth is 17.6 GB, a quarter of it the rank's own."""
+    assert tool.main(["reshard", str(config), "--ranks", "64"]) == 0
+    output = capsys.readouterr().out
+    assert "TP 8 × PP 4 × CP 1 × DP 2" in output
+    assert "8 SGLang servers of TP 8" in output
+    assert gigabytes(output, "whole tensors on every rank would be") == 141
+    handed = gigabytes(output, "handed to its engine")
+    assert 141.1 / 8 - 0.1 < handed < 1.02 * 141.1 / 8
+    assert gigabytes(output, "- its own") == pytest.approx(handed / 4, rel=0.15)  # ends: embeddings
+    assert gigabytes(output, "- from other nodes") < 0.85 * handed
+    seconds = float(re.search(r"; ([\d.]+) s at 450 GB/s everywhere", output)[1])
+    assert 0.75 * handed / 450 * 0.9 < seconds < 2
+    between = float(re.search(r"predicted: ([\d.]+) s at 450", output)[1])
+    assert handed * 0.75 / 50 * 0.9 < between < 0.5  # stages one after the other would take 1.05 s
+
+
+def test_one_node_per_replica_needs_no_network(tool, config, capsys) -> None:
+    overrides = ["--megatron.pipeline_model_parallel_size=1", "--ranks=16"]
+    assert tool.main(["reshard", str(config), *overrides]) == 0
+    output = capsys.readouterr().out
+    assert gigabytes(output, "- from other nodes") == gigabytes(output, "sent to other nodes") == 0
+    assert gigabytes(output, "- its own") == gigabytes(output, "handed to its engine")
+
+
+def test_the_fewest_ranks_are_the_default(tool, config, capsys) -> None:
+    assert tool.main(["reshard", str(config)]) == 0
+    assert "× DP 1" in (output := capsys.readouterr().out)
+    assert "4 SGLang servers" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks=40"], "--ranks: found 40, wanted a multiple of .* = 32"),
+        (["--ranks=96", "--rollout.tensor_parallel_size=5"], "does not divide the run's 96 ranks"),
+        (["--ranks=96", "--rollout.tensor_parallel_size=3"], "64 attention heads"),
+        (["--rollout.tensor_size=8"], "rollout.tensor_size: no such knob"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(tool, config, capsys, arguments, message) -> None:
+    assert tool.main(["reshard", str(config), *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_the_run_itself_would_refuse_is_told(tool, config, tmp_path, capsys) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    assert tool.main(["reshard", str(config), "--ranks", "64"]) == 0
+    assert re.search(r"run would be refused:\n  data\.train: ", capsys.readouterr().out)
