@@ -155,4 +155,7 @@ def _reason(
         )
     if early := [token for token in ids[:-1] if token in stops]:
         raise WrongStop(f"request {rid}: it went on after the stop token {early[0]}")
-    return "stop" if stopped else cast(FinishReason, claimed)
+    if stopped:
+        return "stop"
+    # An abort that comes with the last allowed token leaves nothing to go on with.
+    return "length" if len(ids) == request.max_new_tokens else cast(FinishReason, claimed)
