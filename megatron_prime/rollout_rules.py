@@ -60,12 +60,12 @@ def engine_problems(
     """What the engine can't do, a line each; `model`: config.json of `model.hf`, with defaults."""
     knobs, tp = config.rollout, config.rollout.tensor_parallel_size
     if knobs.engine != "sglang":
-        for name in ("tensor_parallel_size", "fp8_weights"):
-            if (found := getattr(knobs, name)) not in (1, False):
-                yield (
-                    f"rollout.{name}: found {str(found).lower()}, which is of SGLang, with "
-                    f'rollout.engine = "{knobs.engine}"; remove it, or set that to "sglang"'
-                )
+        unused = {"tensor_parallel_size": tp > 1, "fp8_weights": knobs.fp8_weights}
+        for name in (name for name in unused if unused[name]):
+            yield (
+                f"rollout.{name}: found {str(getattr(knobs, name)).lower()}, which is of SGLang, "
+                f'with rollout.engine = "{knobs.engine}"; remove it, or set that to "sglang"'
+            )
         return
     for option in sorted(OWNED.keys() & config.sglang.keys()):
         yield f"sglang.{option}: not for the user to set; {OWNED[option]} decides on it"

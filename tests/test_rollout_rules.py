@@ -33,13 +33,13 @@ def found(tmp_path):
     (tmp_path / "data.jsonl").touch()
 
     def problems(world_size=None, sglang=None, command="train", debug=None, **rollout):
-        rollout = {"engine": "sglang", "prompts_per_step": 8, **rollout}
+        rollout = {"engine": "sglang", "prompts_per_step": 12, **rollout}
         tables = {
             "run": {"folder": tmp_path / "run"},
             "model": {"hf": tmp_path},
             "data": {"train": tmp_path / "data.jsonl", "eval": tmp_path / "data.jsonl"},
-            "policy": {"mini_batch_size": 32},
-            "prm": {"mini_batch_size": 32},
+            "policy": {"mini_batch_size": 48},
+            "prm": {"mini_batch_size": 48},
             "rollout": rollout,
             "sglang": sglang or {},
             "debug": debug or {},
