@@ -55,7 +55,8 @@ class Fake:
     options: dict
     faults: dict
     version: str = "default"
-    lists: int = 0  # calls that asked for samples
+    lists: int = 0  # calls that asked for samples and were answered
+    arrived: int = 0  # such calls, answered or not
     weights: Weights | None = None
     prefixes: set = field(default_factory=set)
     aborted: set = field(default_factory=set)
@@ -216,10 +217,11 @@ def application(fake: Fake) -> web.Application:
         body = await request.json()
         batch = not isinstance(body["rid"], str)
         if batch:
+            fake.arrived += 1
             record(fake.faults, [{"rid": rid, "version": fake.version} for rid in body["rid"]])
-        if batch and fake.lists + 1 == fake.faults.get("die_after"):
+        if batch and fake.arrived == fake.faults.get("die_after"):
             os._exit(9)
-        if batch and fake.lists + 1 == fake.faults.get("stop_after"):
+        if batch and fake.arrived == fake.faults.get("stop_after"):
             os.kill(os.getpid(), signal.SIGSTOP)
         prompts = body["input_ids"] if batch else [body["input_ids"]]
         if any(len(ids) >= CONTEXT for ids in prompts):
