@@ -213,9 +213,9 @@ def test_an_answer_that_cannot_be_trusted_stops_the_run(make, how, error) -> Non
 def test_groups_come_out_while_others_are_sampled(make) -> None:
     setting, engine = make({"groups_in_flight": 1}, token_s=0.05)
     setting.load(engine, 1)
-    groups = engine.generate(PROMPTS, SAMPLING)
+    groups = engine.generate(PROMPTS[:4], SAMPLING)
     next(groups)
-    assert len(asked(setting.server_folder(0))) < len(PROMPTS)
+    assert len(asked(setting.server_folder(0))) < 4
     list(groups)
 
 
