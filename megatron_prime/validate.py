@@ -33,7 +33,7 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
     problems, a line each.
     """
     if command in ("evaluate", "rollout"):  # no Megatron model: `[megatron]` does not matter
-        problems = list(_of_generation(config, command))
+        problems = list(_of_generation(config, command, world_size))
     else:
         find = {"train": _of_training, "sft": _of_fine_tuning, "replay": _of_replay}[command]
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
@@ -75,6 +75,8 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             "above 0: all advantages would be 0"
         )
     yield from rollout_rules.problems(config)
+    if config.debug.rollouts_from is None:
+        yield from _engine(config, world_size)
     yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
     yield from _batches(config, "policy", config.policy, world_size)
     if config.uses_prm:
@@ -106,9 +108,10 @@ def _of_replay(config: RunConfig, _world_size: int | None) -> Iterator[str]:
     yield from _model(config, "model.hf", config.model.hf, {}, models_of(config, "replay"))
 
 
-def _of_generation(config: RunConfig, command: str) -> Iterator[str]:
+def _of_generation(config: RunConfig, command: str, world_size: int | None) -> Iterator[str]:
     whole = config.model_copy(update={"megatron": {}})
     yield from _model(whole, "model.hf", config.model.hf, _longest(config), ())
+    yield from _engine(config, world_size)
     if command == "rollout":
         yield from _file("data.train", config.data.train)
     elif config.data.eval is None:
@@ -202,6 +205,14 @@ def _model(
             f"{_sum(lengths)} tokens, more than the {room} of max_position_embeddings or "
             f"sliding_window of {knob}; lower it"
         )
+
+
+def _engine(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """What the rollout engine can't do with the model; nothing of a model that `_model` refuses."""
+    whole = config.model_copy(update={"megatron": {}})
+    if not any(_model(whole, "model.hf", config.model.hf, {}, ())):
+        model = with_defaults(json.loads((config.model.hf / "config.json").read_text()))
+        yield from rollout_rules.engine_problems(config, model, world_size)
 
 
 def _longest(config: RunConfig) -> dict[str, int]:

@@ -131,12 +131,23 @@ class EngineGroup:
         return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def close(self) -> None:
-        """Hang up and kill the server."""
-        if self.member.leads:
+        """Hang up, kill the server, end what is still asked of it. Once is enough."""
+        if self._loop is not None:
             self._hang_up()
             self._server.kill()
+            self.ask(_cancel_others()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
 
     def _hang_up(self) -> None:
         if self._client is not None:
             self.ask(self._client.__aexit__(None, None, None)).result()
         self._client = None
+
+
+async def _cancel_others() -> None:
+    """End all tasks of this event loop but the present one."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

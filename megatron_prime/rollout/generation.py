@@ -14,7 +14,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -218,7 +217,9 @@ async def _all_or_first_error(
     workers: list[asyncio.Future[None]], watch: asyncio.Future[None]
 ) -> None:
     """Return when all workers are done; raise the first error of any, or of the watch."""
-    done: asyncio.Future[Any] = asyncio.gather(*workers)
-    first, _ = await asyncio.wait([done, watch], return_when=asyncio.FIRST_COMPLETED)
-    for task in first:
-        task.result()
+    running: set[asyncio.Future[None]] = {*workers}
+    while running:
+        done, _ = await asyncio.wait({*running, watch}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        running -= done

@@ -3,6 +3,7 @@
 SGLang's JSON becomes `Sample`s here, or one of the errors, which name the request. SGLang writes a
 log-prob that is not a number as null, and calls a row of logits with NaN a stop, so both are looked
 for. A response whose last allowed token is a stop token counts as stopped: SGLang says `length`.
+One that was aborted just as it came to its end counts as ended: SGLang says `abort`.
 """
 
 from __future__ import annotations
@@ -155,4 +156,7 @@ def _reason(
         )
     if early := [token for token in ids[:-1] if token in stops]:
         raise WrongStop(f"request {rid}: it went on after the stop token {early[0]}")
-    return "stop" if stopped else cast(FinishReason, claimed)
+    if stopped:
+        return "stop"
+    # An abort that comes with the last allowed token leaves nothing to go on with.
+    return "length" if len(ids) == request.max_new_tokens else cast(FinishReason, claimed)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import megatron_prime
 from megatron_prime.config import ConfigError
+from megatron_prime.rollout_rules import OWNED
 
 PACKAGE = Path(megatron_prime.__file__).parent
 CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
@@ -23,20 +24,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Set by the trainer's launcher about the trainer's ranks; torch would mistake them for the server's
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-OWNED = {  # and who has the say instead
-    "model_path": "model.hf",
-    "tp_size": "rollout.tensor_parallel_size",
-    "dtype": "the precision of the run",
-    "device": "whether the trainer runs on GPUs",
-    "host": "the engine",
-    "port": "the engine, which takes a free one",
-    "nccl_port": "the engine, which takes a free one",
-    "api_key": "the engine, which makes one for each run",
-    "admin_api_key": "the engine, which makes one for each run",
-    "load_format": "the engine, which sends the weights",
-    "custom_weight_loader": "the engine, which sends the weights",
-    "skip_tokenizer_init": "the engine, which speaks in token ids",
-}
 DEFAULTS: dict[str, Any] = {
     "skip_server_warmup": True,  # the first requests would be answered from dummy weights
     "sleep_on_idle": True,  # or its processes would take cores from the trainer while it trains

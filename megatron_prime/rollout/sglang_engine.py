@@ -106,7 +106,7 @@ class SglangEngine:
             answered = {number for found, _ in reports for number in found.answered}
             for found, _ in reports:
                 self._partials |= found.partials
-            for number in answered:
+            for number in answered if enough is not None else ():  # an evaluation has its own
                 self._partials.pop(number, None)
             tp = self._group.member.tp
             problems = {

@@ -25,6 +25,9 @@ from megatron_prime.weights.reshard import Reshard
 from megatron_prime.weights.shape import ModelShape
 
 LOOPBACK = "127.0.0.1"
+# Ranks wait here for servers to start and to answer, which have deadlines of their own; a rank that
+# is lost is noticed otherwise (run.lost_after_s).
+PATIENCE = timedelta(days=7)
 
 
 def sglang_engine(
@@ -46,7 +49,7 @@ def sglang_engine(
     plan = reshard_plan(config, sizes, member.world_size, local_ranks)
     if knobs.fp8_weights and device.type != "cuda":
         raise ConfigError("rollout.fp8_weights: found no GPU, and SGLang has FP8 only there")
-    objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.timeout_s))
+    objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     group = EngineGroup(member, _spec(config, member, objects), _name_of(device), objects)
     dtype = DTYPES[config.precision.policy.dtype]
     reshard = Reshard(plan, member.rank, dtype, tp_group)

@@ -1,15 +1,9 @@
-"""The job, made once, and the run that all others are compared with."""
+"""The run that all others are compared with."""
 
 from __future__ import annotations
 
 import pytest
-from job import Job, make_job
-
-
-@pytest.fixture(scope="session")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Data and a fine-tuned start model."""
-    return make_job(tmp_path_factory.mktemp("job"))
+from job import Job
 
 
 @pytest.fixture(scope="session")

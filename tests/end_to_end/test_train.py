@@ -31,10 +31,11 @@ def documented() -> Iterator[str]:
 
 
 def seen_elsewhere(name: str) -> bool:
-    """Of overflows, skipped NaNs and weights: test_fp16.py and test_training.py see those."""
-    return "/importance" in name or name.endswith(
-        ("/loss_scale", "/skipped_steps", "/not_finite_steps")
-    )
+    """Of overflows, skipped NaNs and weights, in test_fp16.py and test_training.py; of servers, in
+    tests/sglang/test_run.py."""
+    of_servers = ("/server_restarts", "/repeated_syncs", "/continued_tokens")
+    rare = ("/loss_scale", "/skipped_steps", "/not_finite_steps")
+    return "/importance" in name or name.endswith(rare + of_servers)
 
 
 def test_fine_tuning_logs_what_is_documented_and_learns(job: Job) -> None:

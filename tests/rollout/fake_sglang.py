@@ -1,23 +1,34 @@
 """A server that speaks as SGLang does, without a model: for fast tests, and for faults on demand.
 
 `spec(folder, **faults)` is for `SglangServer`, which starts this file instead of SGLang. Tokens are
-a function of (seed, ids so far), log-probs of the token. `test_fake_sglang.py` compares it with
-what the real server answered. Faults, all off by default:
+a function of (seed, ids so far, weights), log-probs of the token. `test_fake_sglang.py` compares it
+with what the real server answered. With a custom weight loader and the sizes of `parameters`, a
+table for each rank, it has parameters of these sizes, and calls the loader as SGLang does. It
+writes each sample that it is asked for into `asked.jsonl`. Faults, all off by default:
 
 - `die_after`: the process exits as the n-th list of samples arrives;
 - `hang_after`: from the n-th on, nothing is answered any more;
+- `stop_after`: as the n-th arrives, the process stops as by SIGSTOP;
 - `spoil`: the n-th answer is wrong by the n-th of these: `lengths`, `nan`, `version`, `count`,
   `stop`, or null;
+- `die_in_update`: the process exits in the middle of the n-th update of the weights;
+- `corrupt`: a value changes in memory after the n-th update has written it;
 - `orphan`: it has a child that would outlive it;
-- `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status.
+- `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status;
+- `starts`: only the first n processes have these faults.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import importlib.util
 import json
 import os
+import pickle
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -44,7 +55,9 @@ class Fake:
     options: dict
     faults: dict
     version: str = "default"
-    lists: int = 0  # calls that asked for samples
+    lists: int = 0  # calls that asked for samples and were answered
+    arrived: int = 0  # such calls, answered or not
+    weights: Weights | None = None
     prefixes: set = field(default_factory=set)
     aborted: set = field(default_factory=set)
     running: dict = field(default_factory=dict)  # rid: its tokens
@@ -81,8 +94,9 @@ class Fake:
         tokens = self.running[rid] = []
         seed = "greedy" if params.get("temperature") == 0 else params.get("sampling_seed")
         reason = {"type": "length", "length": params["max_new_tokens"]}
+        digest = self.weights.digest if self.weights else ""
         while len(tokens) < params["max_new_tokens"]:
-            tokens.append(next_token(seed, [*ids, *tokens]))
+            tokens.append(next_token(seed, [*ids, *tokens], digest))
             await asyncio.sleep(self.faults.get("token_s", 0))
             if rid in self.aborted:
                 reason = {"type": "abort", "message": "Aborted"}
@@ -106,8 +120,66 @@ class Fake:
         }
 
 
-def next_token(seed: int | str | None, ids: list[int]) -> int:
-    return random.Random(f"{seed} {ids}").randrange(4, 64)
+def next_token(seed: int | str | None, ids: list[int], digest: str = "") -> int:
+    return random.Random(f"{seed} {ids} {digest}").randrange(4, 64)
+
+
+class Weights:
+    """The parameters of all ranks, and the loader that SGLang would call in each rank's process."""
+
+    def __init__(self, tables: list[dict[str, list[int]]], loader: str, faults: dict) -> None:
+        import torch  # takes a second
+
+        self.digest = ""
+        self.updates = 0
+        self.faults = faults
+        self.models = []
+        self.modules = []
+        path = importlib.util.find_spec(loader.rpartition(".")[0]).origin
+        for rank, table in enumerate(tables):
+            model = torch.nn.Module()
+            found = {
+                name: torch.nn.Parameter(torch.full(size, 7.0)) for name, size in table.items()
+            }
+            model.named_parameters = lambda found=found: iter(found.items())
+            self.models.append(model)
+            # a module with its own memory for each rank, which have processes of their own
+            spec = importlib.util.spec_from_file_location(f"loader_{rank}", path)
+            self.modules.append(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(self.modules[-1])
+
+    async def load(self, payloads: list[str]) -> None:
+        self.updates += 1
+        if self.updates in (self.faults.get("die_in_update"), self.faults.get("corrupt")):
+            self.spoil_checksums(dies=self.updates == self.faults.get("die_in_update"))
+        calls = (
+            asyncio.to_thread(module.load, model, pickle.loads(base64.b64decode(payload)))
+            for module, model, payload in zip(self.modules, self.models, payloads, strict=True)
+        )
+        await asyncio.gather(*calls)
+        self.digest = digest_of([dict(model.named_parameters()) for model in self.models])
+
+    def spoil_checksums(self, dies: bool) -> None:
+        """The next call of the first rank's `checksum` meets the fault."""
+        module, right = self.modules[0], self.modules[0].checksum
+
+        def checksum(values):
+            if dies:
+                os._exit(9)
+            module.checksum = right
+            values.view(-1)[0] += 1
+            return right(values)
+
+        module.checksum = checksum
+
+
+def digest_of(ranks: list[dict]) -> str:
+    """Of the parameters of all ranks."""
+    found = hashlib.sha256()
+    for parameters in ranks:
+        for name in sorted(parameters):
+            found.update(name.encode() + parameters[name].detach().numpy().tobytes())
+    return found.hexdigest()
 
 
 def spoil(how: str | None, answers: list[dict]) -> None:
@@ -144,8 +216,13 @@ def application(fake: Fake) -> web.Application:
     async def generate(request):
         body = await request.json()
         batch = not isinstance(body["rid"], str)
-        if batch and fake.lists + 1 == fake.faults.get("die_after"):
+        if batch:
+            fake.arrived += 1
+            record(fake.faults, [{"rid": rid, "version": fake.version} for rid in body["rid"]])
+        if batch and fake.arrived == fake.faults.get("die_after"):
             os._exit(9)
+        if batch and fake.arrived == fake.faults.get("stop_after"):
+            os.kill(os.getpid(), signal.SIGSTOP)
         prompts = body["input_ids"] if batch else [body["input_ids"]]
         if any(len(ids) >= CONTEXT for ids in prompts):
             return web.json_response({"error": {"message": "too long"}}, status=400)
@@ -163,6 +240,8 @@ def application(fake: Fake) -> web.Application:
             os._exit(1)
         while fake.running:  # as SGLang's writer lock does
             await asyncio.sleep(0.01)
+        if fake.weights and body.get("load_format") in fake.options["custom_weight_loader"]:
+            await fake.weights.load(body["serialized_named_tensors"])
         fake.version = body.get("weight_version") or fake.version
         if body.get("flush_cache", True):
             fake.prefixes.clear()
@@ -192,6 +271,20 @@ def application(fake: Fake) -> web.Application:
     return app
 
 
+def record(faults: dict, lines: list[dict]) -> None:
+    with Path(faults["record"]).open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def asked(folder: Path) -> list[dict]:
+    """The samples that the server of this folder was asked for, by all its processes."""
+    return [line for line in recorded(folder / "asked.jsonl") if "rid" in line]
+
+
+def recorded(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> ServerSpec:
     """Of a fake server with its folder; `python` is a program that runs this file."""
     from megatron_prime.rollout.sglang_arguments import ServerSpec  # heavy for the server itself
@@ -209,7 +302,7 @@ def spec(folder: Path, options: dict | None = None, tp: int = 1, **faults) -> Se
         api_key=KEY,
         dtype="fp32",
         folder=folder,
-        options={**(options or {}), "faults": faults},
+        options={**(options or {}), "faults": faults | {"record": str(folder / "asked.jsonl")}},
         start_timeout_s=20.0,
     )
 
@@ -218,13 +311,21 @@ def main() -> None:
     """What `fake_python -P -m megatron_prime.rollout.sglang_main PID` runs."""
     die_with(int(sys.argv[1]))
     options = json.load(sys.stdin)
-    faults = options.pop("faults")
+    faults, parameters = options.pop("faults"), options.pop("parameters", None)
+    starts = sum("start" in line for line in recorded(Path(faults["record"])))
+    record(faults, [{"start": os.getpid()}])
+    if starts >= faults.get("starts", 1 << 30):
+        faults = {"record": faults["record"]}
     if "exit_at_start" in faults:
         print(f"some error; {options['api_key']}", flush=True)
         sys.exit(faults["exit_at_start"])
     if "orphan" in faults:
         subprocess.Popen(["sleep", "60"])
-    app = application(Fake(options, faults))
+    fake = Fake(options, faults)
+    if parameters:
+        (loader,) = options["custom_weight_loader"]
+        fake.weights = Weights(parameters, loader, faults)
+    app = application(fake)
     web.run_app(app, host=options["host"], port=options["port"], reuse_address=True, print=None)
 
 

@@ -159,6 +159,10 @@ def test_what_is_right_passes() -> None:
     queued = answer([], {"type": "abort", "message": "Abort in waiting queue"})
     del queued[0]["meta_info"]["cached_tokens"]
     assert check(queued).finish_reason == "abort"
+    abort = {"type": "abort", "message": "Aborted"}
+    assert check(answer([5, 6, 7], abort)).finish_reason == "abort"
+    assert check(answer([5, 6, 7, 8], abort)).finish_reason == "length"  # nothing is missing
+    assert check(answer([5, 2], abort)).finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
