@@ -94,7 +94,8 @@ class Handover:
         self._reply_at = first + 8 * count
         self.buffers: tuple[Tensor, Tensor]
         self.ticket = ""  # what `open` wants; only the trainer's side has one
-        self.close: Callable[[], object]  # nobody can open it any more; what is open stays so
+        # Nobody can open it any more; what is open stays so. The engine's side closes nothing.
+        self.close: Callable[[], object] = lambda: None
 
     @classmethod
     def create(cls, layout: HandoverLayout, device: torch.device) -> Handover:
