@@ -25,7 +25,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_prime.config import PrecisionOptions  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.rollout import weight_loader  # noqa: E402
-from megatron_prime.rollout.weight_sync import WeightSync  # noqa: E402
+from megatron_prime.rollout.weight_sync import Problem, WeightSync  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.weights.checksum import checksum  # noqa: E402
@@ -67,7 +67,7 @@ def load_in_thread(model: StandIn, payload: bytes) -> threading.Thread:
     return thread
 
 
-def sync_once(sync: WeightSync, source, model: StandIn, servers: range) -> str | None:
+def sync_once(sync: WeightSync, source, model: StandIn, servers: range) -> Problem | None:
     payload = sync.begin()
     dist.barrier()
     thread = load_in_thread(model, payload)
@@ -161,7 +161,7 @@ def failing_engines(sync: WeightSync, source, model: StandIn, hf_dir: Path, shap
         if rank != 3:
             assert problem is None, problem
             check(model, hf, shape, 2, "beside a failing engine")
-        return problem
+        return None if problem is None else problem.text
 
     # a parameter of another size
     other = StandIn([], torch.float32)
