@@ -116,6 +116,8 @@ def server_environment(
         # /health answers at once whether the server is up; /health_generate asks the scheduler
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # a server that has lost a scheduler would wait a minute for core dumps before it ends
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
     }
     if spec.devices is None:
         path.append(str(CPU_FOLDER))

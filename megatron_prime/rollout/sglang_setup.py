@@ -28,6 +28,7 @@ LOOPBACK = "127.0.0.1"
 # Ranks wait here for servers to start and to answer, which have deadlines of their own; a rank that
 # is lost is noticed otherwise (run.lost_after_s).
 PATIENCE = timedelta(days=7)
+CPU_FFN_MULTIPLE = 32  # DEFAULT_MOE_PADDING_SIZE in sglang/srt/configs/update_config.py
 
 
 def sglang_engine(
@@ -49,6 +50,8 @@ def sglang_engine(
     plan = reshard_plan(config, sizes, member.world_size, local_ranks)
     if knobs.fp8_weights and device.type != "cuda":
         raise ConfigError("rollout.fp8_weights: found no GPU, and SGLang has FP8 only there")
+    if device.type == "cpu":
+        check_cpu(plan.shape, member.tp)
     objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     group = EngineGroup(member, _spec(config, member, objects), _name_of(device), objects)
     dtype = DTYPES[config.precision.policy.dtype]
@@ -76,6 +79,16 @@ def reshard_plan(
         knobs.sync_bucket_mib * 2**20,
         ranks_per_node,
     )
+
+
+def check_cpu(shape: ModelShape, tp: int) -> None:
+    """Raise ConfigError for a model that SGLang would pad on a CPU; a plan has no such padding."""
+    if shape.num_kv_heads % tp or shape.ffn_size % (CPU_FFN_MULTIPLE * tp):
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: found {tp} for a model of {shape.num_kv_heads} "
+            f"key/value heads and intermediate_size {shape.ffn_size}; on a CPU SGLang wants a "
+            f"divisor of the heads and, on each rank, a multiple of {CPU_FFN_MULTIPLE} columns"
+        )
 
 
 def _spec(config: RunConfig, member: Membership, objects: Any) -> ServerSpec:

@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, ffn_size: int = 96) -> None:
     """Write `folder`/NAME (a checkpoint) and `folder`/NAME.pt: sequences, log-probs, entropies."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
         torch.manual_seed(seed)
         config = AutoConfig.for_model(
             hidden_size=64,
-            intermediate_size=96,
+            intermediate_size=ffn_size,
             num_hidden_layers=4,
             max_position_embeddings=64,
             **options,
