@@ -35,7 +35,10 @@ setup(
         "rich",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "sglang"],  # apex: from NVIDIA's source, optional
+        "gpu": [
+            "transformer-engine[pytorch]",
+            "sglang==0.5.17",
+        ],  # apex: from NVIDIA's source, optional
         "bench": ["trl==1.16.0"],  # what tests/bench measures against; nothing imports it here
         "dev": [
             "pytest",

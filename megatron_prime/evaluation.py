@@ -60,4 +60,5 @@ def rollouts_only(
         rollouts = engine.generate(taken, sampling_of(config, step, 0))
         groups = ranks.gather(verifier.verify(rollouts), taken)
         recorder.rollouts(step, groups)
-        recorder.log(step, figures.of_rollouts(groups, groups, rounds=1))
+        found = figures.of_rollouts(groups, groups, rounds=1) | engine.take_metrics()
+        recorder.log(step, found)

@@ -115,21 +115,23 @@ class RolloutSection(Section):
     tensor_parallel_size: Positive = 1
     """Of SGLang: ranks that one server is split over."""
     groups_in_flight: Positive = 256
-    """Of SGLang: prompts that one server works on at once."""
+    """Of SGLang: prompts that one server works on at once, at most; three quarters of its share of
+    a round if that is less and there are several servers."""
     fp8_weights: bool = False
     """Of SGLang: linear layers in FP8 (e4m3, blocks of 128 × 128), rounded at each sync."""
-    sync_bucket_mib: Positive = 256
+    sync_bucket_mib: PositiveFloat = 256.0
     """Of SGLang: size of each of the two buffers that new weights pass through, per rank."""
     sglang_python: FilePath | None = None
     """Interpreter that has SGLang installed; not set: the one that runs the trainer."""
     start_timeout_s: PositiveFloat = 900.0
     """Of SGLang: how long a server may take to start."""
     request_timeout_s: PositiveFloat = 1800.0
-    """Of SGLang: how long a server may take over the responses to one prompt."""
+    """Of SGLang: how long a server may take over the responses to one prompt, its queue included.
+    They are asked for once more, with twice the time, before the server counts as hung."""
     hang_timeout_s: PositiveFloat = 300.0
     """Of SGLang: a server that shows no sign of life for so long while it generates is
     restarted."""
     sync_timeout_s: PositiveFloat = 300.0
     """Of SGLang: how long a server may take over one bucket of new weights."""
     max_restarts: NonNegative = 3
-    """Of SGLang: restarts of servers in one step before the run stops."""
+    """Of SGLang: how often one server may fail in a step before the run stops."""

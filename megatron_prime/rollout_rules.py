@@ -31,6 +31,19 @@ OWNED = {  # options of SGLang's servers that are not for `[sglang]`, and who ha
     "custom_weight_loader": "the engine, which sends the weights",
     "skip_tokenizer_init": "the engine, which speaks in token ids",
 }
+UNFIT = {  # and what the engine can't work with
+    "dp_size": "the engine, which starts one server per group of ranks",
+    "pp_size": "the engine, which splits a server by rollout.tensor_parallel_size alone",
+    "nnodes": "the engine, whose servers are on one node",
+    "node_rank": "the engine, whose servers are on one node",
+    "base_gpu_id": "the engine, which gives each server its ranks' devices",
+    "gpu_id_step": "the engine, which gives each server its ranks' devices",
+    "quantization": "rollout.fp8_weights",
+    "enable_lora": "the engine, which has no plan for adapters",
+    "speculative_algorithm": "the engine, which has no plan for a draft model",
+    "preferred_sampling_params": "[rollout], for log-probs must be those of the plain softmax",
+}
+REFUSED = OWNED | UNFIT
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -67,12 +80,18 @@ def engine_problems(
                 f'with rollout.engine = "{knobs.engine}"; remove it, or set that to "sglang"'
             )
         return
-    for option in sorted(OWNED.keys() & config.sglang.keys()):
-        yield f"sglang.{option}: not for the user to set; {OWNED[option]} decides on it"
+    for option in sorted(REFUSED.keys() & config.sglang.keys()):
+        yield f"sglang.{option}: not for the user to set; {REFUSED[option]} decides on it"
     if knobs.sglang_python is not None and not knobs.sglang_python.is_file():
         yield (
             f"rollout.sglang_python: no file {knobs.sglang_python}; wanted the Python of the "
             "environment that has SGLang"
+        )
+    if knobs.sync_timeout_s >= config.run.timeout_s:
+        yield (
+            f"rollout.sync_timeout_s: found {knobs.sync_timeout_s:g}, wanted less than "
+            f"run.timeout_s = {config.run.timeout_s:g}, or the other ranks give up waiting before "
+            "a hung server is restarted"
         )
     if world_size is not None and world_size % tp:
         yield (

@@ -90,11 +90,11 @@ def test_an_interpreter_that_is_not_there(found, tmp_path) -> None:
     assert line.startswith(f"rollout.sglang_python: no file {tmp_path}/bin/python; wanted")
 
 
-@pytest.mark.parametrize("option", sorted(rollout_rules.OWNED))
+@pytest.mark.parametrize("option", sorted(rollout_rules.REFUSED))
 def test_options_that_are_ours(found, option) -> None:
     (line,) = found(sglang={option: "x"})
     assert line == (
-        f"sglang.{option}: not for the user to set; {rollout_rules.OWNED[option]} decides on it"
+        f"sglang.{option}: not for the user to set; {rollout_rules.REFUSED[option]} decides on it"
     )
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_prime.config import ConfigError
 from megatron_prime.rollout.sglang_arguments import ServerSpec
 from megatron_prime.rollout.sglang_client import SglangClient
-from megatron_prime.rollout.sglang_server import SglangServer
+from megatron_prime.rollout.sglang_server import ServerNotStarted, SglangServer
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Membership:
 
 
 class EngineGroup:
-    """One server as its ranks see it; every method but `ask` is called by all ranks alike."""
+    """One server as its ranks see it; `gathered` and `wait_ready` are called by all ranks alike."""
 
     def __init__(
         self, member: Membership, spec: ServerSpec, device_name: str | None, group: Any
@@ -94,20 +94,29 @@ class EngineGroup:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def wait_ready(self) -> None:
-        """Return when all servers are up. Raises ServerNotStarted where one does not come up."""
-        pid = 0
-        if self.member.leads:
-            if self._client is None:
+    def wait_ready(self) -> dict[int, str]:
+        """Wait until all servers are up; what went wrong with those that did not come up."""
+        pid, problem = 0, None
+        if self.member.leads and self._client is None:
+            try:
                 self._server.ready()
                 self._client = SglangClient(self._server.url, self._server.spec.api_key)
                 self.ask(self._client.__aenter__()).result()
+            except ServerNotStarted as error:  # tried again, or the run ends, on all ranks alike
+                problem = str(error)
+        if self.member.leads:
             pid = self._server.pid or 0
-        self._pid = self.gathered(pid)[self.member.server * self.member.tp]
+        found = self.gathered((pid, problem))
+        self._pid, _ = found[self.member.server * self.member.tp]
+        return {
+            rank // self.member.tp: problem
+            for rank, (_, problem) in enumerate(found)
+            if problem is not None
+        }
 
-    def restart(self, servers: set[int]) -> None:
-        """Kill these servers and start them anew; `wait_ready` comes next."""
-        if self.member.leads and self.member.server in servers:
+    def restart(self) -> None:
+        """Kill this leader's server and start it anew, unless that is done; then `wait_ready`."""
+        if self._client is not None or not self._server.alive():
             self._hang_up()
             self._server.kill()
             self._server.start()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -111,15 +111,15 @@ class PassRunner:
                     emit(group)
 
         workers = [asyncio.ensure_future(worker()) for _ in range(self._limits.in_flight)]
-        watch = asyncio.ensure_future(self._watch(enough))
+        watches = [asyncio.ensure_future(watch) for watch in (self._probe(), self._look(enough))]
         try:
-            await _all_or_first_error([*workers], watch)
+            await _all_or_first_error(workers, watches)
         except (ServerLost, ServerSlow) as lost:  # restarted by the caller; the rest is asked again
             self._result.problem = str(lost)
         finally:
-            for task in (*workers, watch):
+            for task in (*workers, *watches):
                 task.cancel()
-            await asyncio.gather(*workers, watch, return_exceptions=True)
+            await asyncio.gather(*workers, *watches, return_exceptions=True)
         return self._result
 
     async def _answer(
@@ -137,9 +137,7 @@ class PassRunner:
             for k, partial in enumerate(start)
             if not partial.done
         }
-        samples = await self._client.generate(
-            list(requests.values()), sampling.temperature, self._stop_ids, self._limits.request_s
-        )
+        samples = await self._sample(list(requests.values()), sampling.temperature)
         for sample in samples:
             self._check_version(sample)
         found = list(start)
@@ -150,6 +148,17 @@ class PassRunner:
         if self._limits.keep_partial:
             self._result.partials[prompt.prompt_id] = tuple(found)
         return None
+
+    async def _sample(self, requests: list[SampleRequest], temperature: float) -> list[Sample]:
+        """The server's samples. When they take too long on a server that is well, once more."""
+        client, seconds = self._client, self._limits.request_s
+        try:
+            return await client.generate(requests, temperature, self._stop_ids, seconds)
+        except ServerSlow:
+            if not await client.healthy(self._limits.hang_s / PROBES):
+                raise
+        again = [replace(request, rid=f"{request.rid}-again") for request in requests]
+        return await client.generate(again, temperature, self._stop_ids, 2 * seconds)
 
     def _check_version(self, sample: Sample) -> None:
         if sample.output_ids and sample.weight_version != str(self._version):
@@ -169,10 +178,8 @@ class PassRunner:
             older_spans=partial.spans[:-1],
         )
 
-    async def _watch(self, enough: Tally | None) -> None:
-        """End the pass with ServerLost or ServerSlow, or abort it when there is enough."""
-        hang_s = self._limits.hang_s
-        next_probe = time.monotonic() + hang_s / PROBES
+    async def _look(self, enough: Tally | None) -> None:
+        """End the pass with ServerLost when the process ends; abort it when there is enough."""
         while True:
             await asyncio.sleep(WATCH_S)
             if not self._alive():
@@ -180,12 +187,15 @@ class PassRunner:
             if enough is not None and await asyncio.to_thread(enough.reached):
                 self._aborting = True
                 await self._client.abort()  # again and again: a request may come after an abort
-            now = time.monotonic()
-            if now > next_probe:
-                if await self._client.healthy(hang_s / PROBES):
-                    self._last_sign = time.monotonic()
-                next_probe = time.monotonic() + hang_s / PROBES
-            if now - self._last_sign > hang_s:
+
+    async def _probe(self) -> None:
+        """End the pass with ServerSlow when there is neither an answer nor a sign of life."""
+        hang_s = self._limits.hang_s
+        while True:
+            await asyncio.sleep(hang_s / PROBES)
+            if await self._client.healthy(hang_s / PROBES):
+                self._last_sign = time.monotonic()
+            if time.monotonic() - self._last_sign > hang_s:
                 raise ServerSlow(
                     f"the server showed no sign of life for {hang_s:g} s (rollout.hang_timeout_s)"
                 )
@@ -214,12 +224,12 @@ def _continued(partial: Partial, sample: Sample, version: int) -> Partial:
 
 
 async def _all_or_first_error(
-    workers: list[asyncio.Future[None]], watch: asyncio.Future[None]
+    workers: Sequence[asyncio.Future[None]], watches: Sequence[asyncio.Future[None]]
 ) -> None:
-    """Return when all workers are done; raise the first error of any, or of the watch."""
-    running: set[asyncio.Future[None]] = {*workers}
+    """Return when all workers are done; raise the first error of any, or of a watch."""
+    running = {*workers}
     while running:
-        done, _ = await asyncio.wait({*running, watch}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*running, *watches}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
         running -= done

@@ -16,18 +16,22 @@ from typing import Any, Literal
 
 import megatron_prime
 from megatron_prime.config import ConfigError
-from megatron_prime.rollout_rules import OWNED
+from megatron_prime.rollout_rules import REFUSED
 
 PACKAGE = Path(megatron_prime.__file__).parent
 CPU_FOLDER = Path(__file__).parent / "sglang_cpu"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Set by the trainer's launcher about the trainer's ranks; torch would mistake them for the server's
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TRAINERS_OWN = ("CUDA_DEVICE_MAX_CONNECTIONS",)  # Megatron wants 1, which slows inference
 LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 DEFAULTS: dict[str, Any] = {
     "skip_server_warmup": True,  # the first requests would be answered from dummy weights
     "sleep_on_idle": True,  # or its processes would take cores from the trainer while it trains
     "log_level": "info",
+}
+GPU_DEFAULTS: dict[str, Any] = {
+    "mem_fraction_static": 0.4,  # weights and cache; the trainer lives on the device, too
 }
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",
@@ -60,9 +64,9 @@ class ServerSpec:
 
     def __post_init__(self) -> None:
         """Refuse what would make a server that the engine can't work with."""
-        if taken := sorted(set(self.options) & set(OWNED)):
+        if taken := sorted(set(self.options) & set(REFUSED)):
             raise ConfigError(
-                f"[sglang] {taken[0]} is not for the user to set; {OWNED[taken[0]]} decides on it"
+                f"[sglang] {taken[0]} is not for the user to set; {REFUSED[taken[0]]} decides on it"
             )
         if self.devices is not None and len(self.devices) != self.tp:
             raise ConfigError(
@@ -87,7 +91,7 @@ def server_arguments(spec: ServerSpec, port: int, nccl_port: int) -> dict[str, A
     }
     if spec.weight_loader is not None:
         owned["custom_weight_loader"] = [spec.weight_loader]
-    defaults = DEFAULTS | (CPU_DEFAULTS if spec.devices is None else {})
+    defaults = DEFAULTS | (CPU_DEFAULTS if spec.devices is None else GPU_DEFAULTS)
     return defaults | dict(spec.options) | owned
 
 
@@ -109,7 +113,8 @@ def server_environment(
     kept = {
         name: value
         for name, value in environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+        if name not in (*LAUNCHER_VARIABLES, *TRAINERS_OWN)
+        and not name.startswith(LAUNCHER_PREFIXES)
     }
     path = [str(import_folder(spec))]
     settings = {

@@ -32,6 +32,8 @@ from megatron_prime.rollout.sglang_answers import (
 )
 
 PRIME_FROM = 32  # tokens in common from which it pays to send a prompt ahead
+# Sampling from the whole softmax, whatever the model's generation_config.json recommends.
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 CONTROL_S = 30.0  # for calls that do no work to speak of
 _WAS_ABORTED = "was aborted"  # of SGLang's answer to a call that was aborted before it was queued
 
@@ -100,6 +102,7 @@ class SglangClient:
             "input_ids": [list(request.input_ids) for request in requests],
             "sampling_params": [
                 {
+                    **PLAIN,
                     "temperature": temperature,
                     "max_new_tokens": request.max_new_tokens,
                     "stop_token_ids": list(stop_token_ids),

@@ -4,8 +4,8 @@ Generation goes in passes. In a pass the leaders take prompts from one shared li
 its server can work on, and hand out groups as they get ready, so that they are verified while
 others are still sampled. At the end of a pass all ranks tell each other what was answered and which
 servers died or hang. Those are restarted, get the present weights, and only what nobody has
-answered goes into another pass: no rollout is lost and none counted twice. After
-`rollout.max_restarts` restarts in a step the run stops with the last lines of the log.
+answered goes into another pass: no rollout is lost and none counted twice. When a server has failed
+more than `rollout.max_restarts` times in a step, the run stops with the last lines of its log.
 
 New weights go shard to shard, `weight_sync.py`. A sync whose checksums differ is done again, whole.
 """
@@ -13,6 +13,7 @@ New weights go shard to shard, `weight_sync.py`. A sync whose checksums differ i
 from __future__ import annotations
 
 import queue
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 
@@ -25,6 +26,7 @@ from megatron_prime.rollout.engine_group import EngineGroup
 from megatron_prime.rollout.generation import Limits, Partial, Pass, PassRunner
 from megatron_prime.rollout.local_engine import Tokenizer
 from megatron_prime.rollout.sglang_answers import SglangError
+from megatron_prime.rollout.sglang_server import ServerNotStarted
 from megatron_prime.rollout.weight_sync import LOADER, Problem, WeightSync
 from megatron_prime.types import Group, Metrics, Prompt, Sampling
 
@@ -53,16 +55,16 @@ class SglangEngine:
         self._weights: WeightSource | None = None
         self._ready = False
         self._passes = 0
-        self._failures = 0  # of servers, since the last new version
+        self._failures: Counter[int] = Counter()  # by server, since the last `take_metrics`
         self._partials: dict[int, tuple[Partial, ...]] = {}
         self._metrics: Metrics = {}
 
     def load_weights(self, weights: WeightSource, version: int) -> None:
-        """Bring all servers to `version`. Raises TooManyRestarts."""
-        if not self._ready:
-            self._group.wait_ready()
-            self._ready = True
-        self.version, self._weights, self._failures = version, weights, 0
+        """Bring all servers to `version`. Raises ServerNotStarted, TooManyRestarts."""
+        if not self._ready and (problems := self._group.wait_ready()):
+            raise ServerNotStarted("\n".join(problems.values()))
+        self._ready = True
+        self.version, self._weights = version, weights
         self._load(set(range(self._group.member.servers)))
 
     def generate(
@@ -80,6 +82,7 @@ class SglangEngine:
     def take_metrics(self) -> Metrics:
         """Restarts, repeated syncs and continued tokens of all servers since the last call."""
         mine, self._metrics = self._metrics, {}
+        self._failures.clear()  # a step has gone by
         total: Metrics = {
             "rollout/server_restarts": 0,
             "rollout/repeated_syncs": 0,
@@ -132,9 +135,8 @@ class SglangEngine:
             return Pass()
         keep_partial = self._knobs.keep_partial and enough is not None
         partials = self._partials if keep_partial else {}
-        share = -(-len(prompts) // member.servers)
         limits = Limits(
-            min(self._knobs.groups_in_flight, share),
+            in_flight(len(prompts), member.servers, self._knobs.groups_in_flight),
             self._knobs.request_timeout_s,
             self._knobs.hang_timeout_s,
             keep_partial,
@@ -155,7 +157,10 @@ class SglangEngine:
         while (group := ready.get()) is not None:
             self._count("rollout/continued_tokens", _continued_tokens(group))
             yield group
-        return running.result()
+        report = running.result()
+        if report.problem is not None:  # it starts while the others go on
+            self._group.restart()
+        return report
 
     def _shared_counter(self) -> Callable[[], int]:
         """Hands out 0, 1, 2 … once each, over all leaders of this pass."""
@@ -190,41 +195,58 @@ class SglangEngine:
                 timeout_s=self._sync.longest_s,
             )
             calling = self._group.ask(update)
-        problem = self._sync.run(self._weights, servers, self._group.alive)
+        problem = self._sync.run(self._weights, servers, lambda: self._is_loading(calling))
+        # The whole server is made anew if one rank of it wants that; its call may never return.
+        problem = self._worst(self._group.gathered(problem)).get(member.server)
         if calling is not None and problem is not None and problem.restart:
             calling.cancel()
         elif calling is not None:
             try:
-                calling.result()
-            except SglangError as error:  # dead, hung, or at odds with itself: made anew
-                problem = Problem(str(error), restart=True)
+                calling.result(self._knobs.sync_timeout_s)
+            except (SglangError, TimeoutError) as error:  # dead, hung, or at odds with itself
+                problem = Problem(f"it did not end the update: {error}", restart=True)
+        return self._worst(self._group.gathered(problem))
+
+    def _is_loading(self, calling: Future[None] | None) -> bool:
+        """Whether this rank's engine may still take weights: it lives, and has not refused them."""
+        refused = calling is not None and calling.done() and calling.exception() is not None
+        return self._group.alive() and not refused
+
+    def _worst(self, problems: Sequence[Problem | None]) -> dict[int, Problem]:
+        """By server, one of its ranks' problems: if there is one, one that wants a restart."""
         found: dict[int, Problem] = {}
-        for rank, one in enumerate(self._group.gathered(problem)):
-            if (one is not None and not (before := found.get(rank // member.tp))) or (
-                one is not None and before is not None and one.restart
-            ):
-                found[rank // member.tp] = one
+        for rank, problem in enumerate(problems):
+            server = rank // self._group.member.tp
+            if problem is not None and (problem.restart or server not in found):
+                found[server] = problem
         return found
 
     def _make_anew(self, problems: dict[int, Problem]) -> None:
-        """Restart the servers that need it, if the step may have that many failures."""
-        self._failures += len(problems)
+        """Restart the servers that need it, as often as a step may have that."""
+        while problems:
+            self._report(problems)
+            dead = {server for server, problem in problems.items() if problem.restart}
+            self._count("rollout/server_restarts", self._leads_one_of(dead))
+            if self._leads_one_of(dead):
+                self._group.restart()
+            not_up = self._group.wait_ready() if dead else {}
+            problems = {server: Problem(what, restart=True) for server, what in not_up.items()}
+
+    def _report(self, problems: dict[int, Problem]) -> None:
+        """Tell what went wrong; TooManyRestarts if it went wrong too often."""
+        self._failures.update(problems.keys())
         logs = self._group.gathered(self._group.log_tail())
-        told = [
-            f"server {server}: {problem.text}\n{logs[server * self._group.member.tp]}"
+        told = "\n".join(
+            f"SGLang server {server}: {problem.text}\n{logs[server * self._group.member.tp]}"
             for server, problem in sorted(problems.items())
-        ]
-        if self._failures > self._knobs.max_restarts:
+        )
+        if max(self._failures.values()) > self._knobs.max_restarts:
             raise TooManyRestarts(
-                f"SGLang servers failed {self._failures} times in one step, more than "
-                f"rollout.max_restarts = {self._knobs.max_restarts}:\n" + "\n".join(told)
+                f"an SGLang server failed {self._failures.most_common(1)[0][1]} times in one step, "
+                f"more than rollout.max_restarts = {self._knobs.max_restarts}:\n{told}"
             )
         if self._group.member.rank == 0:
-            print("SGLang: " + "\n".join(told), flush=True)
-        if dead := {server for server, problem in problems.items() if problem.restart}:
-            self._count("rollout/server_restarts", self._leads_one_of(dead))
-            self._group.restart(dead)
-            self._group.wait_ready()
+            print(told, flush=True)
 
     def _leads_one_of(self, servers: set[int]) -> int:
         """1 on one rank of each of the servers, 0 elsewhere."""
@@ -232,6 +254,15 @@ class SglangEngine:
 
     def _count(self, name: str, value: float) -> None:
         self._metrics[name] = self._metrics.get(name, 0) + value
+
+
+def in_flight(prompts: int, servers: int, most: int) -> int:
+    """How many prompts one of several servers takes at once.
+
+    Not its whole share: a quarter is left for the servers that are done first.
+    """
+    share = -(-prompts // servers)
+    return min(most, share if servers == 1 else -(-share * 3 // 4))
 
 
 def _continued_tokens(group: Group) -> int:

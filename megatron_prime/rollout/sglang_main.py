@@ -18,12 +18,20 @@ from dataclasses import fields
 
 from megatron_prime.runtime.parent import die_with
 
+TESTED = "0.5.17"  # of SGLang
+
 
 def main() -> None:
     """Read the options and serve until killed."""
     die_with(int(sys.argv[1]))
     options = json.load(sys.stdin)
 
+    import sglang
+
+    if sglang.__version__ != TESTED:  # in the log, beside what comes of it
+        print(
+            f"found SGLang {sglang.__version__}; this project is tested with {TESTED}", flush=True
+        )
     from sglang.srt.plugins import load_plugins
 
     load_plugins()  # before ServerArgs, which checks what plugins may allow

@@ -58,6 +58,7 @@ class State:
     pid: int
     started: float  # seconds since the epoch, as psutil has it
     port: int
+    host: str  # it ran on; run folders are shared between nodes
 
     @classmethod
     def read(cls, file: Path) -> State | None:
@@ -74,7 +75,9 @@ class State:
         draft.replace(file)
 
     def process(self) -> psutil.Process | None:
-        """The process, if it lives."""
+        """The process, if it lives on this host."""
+        if self.host != socket.gethostname():
+            return None
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started) < 1.0
@@ -137,7 +140,9 @@ class SglangServer:
         self._started_at = time.monotonic()
         with suppress(psutil.NoSuchProcess):  # it has ended already; `ready` will say why
             started = psutil.Process(self._process.pid).create_time()
-            State(self._process.pid, started, self.port).write(self.state_file)
+            State(self._process.pid, started, self.port, socket.gethostname()).write(
+                self.state_file
+            )
         assert self._process.stdin is not None, "it was started with a pipe"
         with suppress(BrokenPipeError), self._process.stdin as options:
             options.write(json.dumps(arguments).encode())

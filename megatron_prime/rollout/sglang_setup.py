@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 from datetime import timedelta
@@ -53,7 +54,9 @@ def sglang_engine(
     if device.type == "cpu":
         check_cpu(plan.shape, member.tp)
     objects = dist.new_group(backend="gloo", timeout=PATIENCE)
-    group = EngineGroup(member, _spec(config, member, objects), _name_of(device), objects)
+    _agree(plan, local_ranks, objects)
+    name = _name_of(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    group = EngineGroup(member, _spec(config, member, objects), name, objects)
     dtype = DTYPES[config.precision.policy.dtype]
     reshard = Reshard(plan, member.rank, dtype, tp_group)
     return SglangEngine(
@@ -76,7 +79,7 @@ def reshard_plan(
         TrainingLayout(sizes, world_size),
         EngineLayout(knobs.tensor_parallel_size, world_size, knobs.fp8_weights),
         DTYPES[config.precision.policy.dtype].itemsize,
-        knobs.sync_bucket_mib * 2**20,
+        int(knobs.sync_bucket_mib * 2**20),
         ranks_per_node,
     )
 
@@ -94,7 +97,8 @@ def check_cpu(shape: ModelShape, tp: int) -> None:
 def _spec(config: RunConfig, member: Membership, objects: Any) -> ServerSpec:
     knobs, options = config.rollout, dict(config.sglang)
     if knobs.fp8_weights:
-        override = json.loads(options.get("json_model_override_args", "{}"))
+        given = options.get("json_model_override_args", "{}")
+        override = json.loads(given) if isinstance(given, str) else dict(given)
         override["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -119,8 +123,25 @@ def _spec(config: RunConfig, member: Membership, objects: Any) -> ServerSpec:
     )
 
 
-def _name_of(device: torch.device) -> str | None:
-    """The GPU as CUDA_VISIBLE_DEVICES has it in any process; None for a CPU."""
+def _name_of(device: torch.device, visible: str | None) -> str | None:
+    """The GPU as CUDA_VISIBLE_DEVICES names it (`visible`: its value here); None for a CPU.
+
+    Not its UUID: SGLang takes those for no numbers, and then does without its own all-reduce.
+    """
     if device.type != "cuda":
         return None
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    index = device.index or 0
+    return visible.split(",")[index] if visible else str(index)
+
+
+def _agree(plan: ReshardPlan, ranks_per_node: int, objects: Any) -> None:
+    """Raise ConfigError unless all ranks plan with the same numbers."""
+    mine = (ranks_per_node, plan.shape, plan.training, plan.engine, len(plan.rounds))
+    found: list[Any] = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=objects)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ConfigError(
+                f"rank {rank} plans the weight sync for {other}, rank 0 for {found[0]}; start all "
+                "ranks with the same configuration and as many on every node"
+            )

@@ -51,10 +51,10 @@ class BlockScales:
         `regions`: what the rank holds of the matrices that are to be rounded; the neighbours hold
         other parts of the same ones.
         """
-        grids = {
-            hf: largest_values(source.stretch(hf).float(), region, sizes[hf])
-            for hf, region in regions.items()
-        }
+        grids = {}
+        for hf, region in regions.items():
+            grids[hf] = largest_values(source.stretch(hf).float(), region, sizes[hf])
+            source.forget()
         shared = [hf for hf in grids if _is_torn(sizes[hf], regions[hf])]
         if group is not None and group.size() > 1 and shared:
             flat = torch.cat([grids[hf].flatten() for hf in shared])

@@ -3,8 +3,9 @@
 Round by round. A sender cuts the pieces out of its live parameters, on their device, takes a
 checksum of each, and packs them into one message per receiver; receivers of equal pieces share the
 packing. Messages go point to point (gloo, NCCL) straight into the buffer that the engine loads
-from; what a rank needs and has itself is written there without a message. Nothing larger than a
-bucket is ever allocated, but for the copy of one layer's fused projection that `unfuse` makes.
+from; what a rank needs and has itself is written there without a message. Beside the buffers a
+round takes what this rank sends in it, which is about a bucket, and copies of the fused projections
+in it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Reshard:
         ]
         self._regions = self._own_regions()
         self._scales: BlockScales | None = None
+        self._checked = False
 
     def layout(self, timeout_s: float) -> HandoverLayout:
         """What the engine process of this rank is told once."""
@@ -64,13 +66,8 @@ class Reshard:
     def begin(self, source: Stretches) -> None:
         """Look at what is to be sent; RuntimeError if it is not what the plan was made for."""
         source.forget()
-        for hf, region in self._regions.items():
-            found, wanted = source.stretch(hf).shape, [stop - start for start, stop in region]
-            if list(found) != wanted:
-                raise RuntimeError(
-                    f"rank {self.rank} holds {hf} as {list(found)}, the reshard plan has {wanted}: "
-                    "this is a mistake of the plan, not of the run"
-                )
+        if not self._checked:
+            self._check(source)
         if self.plan.engine.fp8:
             shape = self.plan.shape
             rounded = {
@@ -81,6 +78,17 @@ class Reshard:
             }
             regions = {hf: region for hf, region in self._regions.items() if hf in rounded}
             self._scales = BlockScales.of(source, regions, hf_shapes(shape), self.tp_group)
+
+    def _check(self, source: Stretches) -> None:
+        for hf, region in self._regions.items():
+            found, wanted = source.stretch(hf).shape, [stop - start for start, stop in region]
+            if list(found) != wanted:
+                raise RuntimeError(
+                    f"rank {self.rank} holds {hf} as {list(found)}, the reshard plan has {wanted}: "
+                    "this is a mistake of the plan, not of the run"
+                )
+            source.forget()
+        self._checked = True
 
     def round(
         self, round_: int, source: Stretches, buffer: Tensor, receivers: Collection[int]

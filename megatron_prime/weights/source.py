@@ -30,7 +30,7 @@ class LiveWeights:
             self._held |= dict.fromkeys(entry.hf, (entry, parameter.detach()))
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._parts: dict[str, dict[str, Tensor]] = {}  # by Megatron's name, until `forget`
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, whole; collective over the model-parallel group."""
@@ -42,14 +42,15 @@ class LiveWeights:
         A view of the live parameter where that is possible.
         """
         entry, parameter = self._held[hf]
-        if self._last[0] != entry.megatron:  # q, k and v are asked for one after the other
-            parts = unfuse(entry.layout, values_of(parameter), self._shape, self._tp, self._tp_rank)
-            self._last = (entry.megatron, dict(zip(entry.hf, parts, strict=True)))
-        return self._last[1][hf]
+        if entry.megatron not in self._parts:  # q, k and v come together, for several receivers
+            values = values_of(parameter)
+            parts = unfuse(entry.layout, values, self._shape, self._tp, self._tp_rank)
+            self._parts[entry.megatron] = dict(zip(entry.hf, parts, strict=True))
+        return self._parts[entry.megatron][hf]
 
     def forget(self) -> None:
         """Let go of copies; the next `stretch` looks at the live parameters again."""
-        self._last = ("", {})
+        self._parts.clear()
 
 
 class CheckpointWeights:

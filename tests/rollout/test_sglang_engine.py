@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections import Counter
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from megatron_prime.rollout.sglang_answers import LogprobNotFinite
 from megatron_prime.rollout.sglang_engine import TooManyRestarts
 from megatron_prime.types import VersionSpan
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 UNTROUBLED = {
     "rollout/server_restarts": 0,
     "rollout/repeated_syncs": 0,
@@ -190,7 +189,6 @@ def test_too_many_restarts_end_the_run_with_the_log(make) -> None:
         list(engine.generate(PROMPTS, SAMPLING))
     assert "failed 3 times in one step, more than rollout.max_restarts = 2" in str(caught.value)
     assert "server.log ends with\n" in str(caught.value)
-    assert Counter(asked(setting.server_folder(0)).values())[3] >= 1, "each time"
 
 
 def test_restarts_are_counted_anew_in_each_step(make) -> None:
@@ -199,6 +197,7 @@ def test_restarts_are_counted_anew_in_each_step(make) -> None:
         setting.load(engine, version)
         os.kill(pid_of(engine), signal.SIGKILL)
         check_groups(list(engine.generate(PROMPTS, SAMPLING)), setting.digest(version), version)
+        assert engine.take_metrics()["rollout/server_restarts"] == 1
 
 
 @pytest.mark.parametrize(("how", "error"), [("version", WrongVersion), ("nan", LogprobNotFinite)])

@@ -116,7 +116,7 @@ def test_a_left_over_that_is_dying_is_waited_for(server) -> None:
     state = server.state_file.read_bytes()
     with subprocess.Popen(["sleep", "0.5"]) as dying:
         started = psutil.Process(dying.pid).create_time()
-        sglang_server.State(dying.pid, started, 1).write(server.state_file)
+        sglang_server.State(dying.pid, started, 1, socket.gethostname()).write(server.state_file)
         other = SglangServer(server.spec)
         other.start()
         assert not psutil.pid_exists(dying.pid) or dying.poll() == 0
@@ -127,7 +127,7 @@ def test_a_left_over_that_is_dying_is_waited_for(server) -> None:
 @pytest.mark.parametrize("text", ["", "{", '{"pid": 1}', None])
 def test_a_state_file_of_nobody_is_no_obstacle(server, text) -> None:
     if text is None:  # somebody else has the pid by now
-        sglang_server.State(os.getpid(), 1.0, 1).write(server.state_file)
+        sglang_server.State(os.getpid(), 1.0, 1, socket.gethostname()).write(server.state_file)
     else:
         server.state_file.write_text(text)
     server.start()
