@@ -1,4 +1,4 @@
-"""A pass over a client that answers as it is told to; whole servers are in test_sglang_engine.py."""
+"""A pass over a client that does as it is told; whole servers are in test_sglang_engine.py."""
 
 from __future__ import annotations
 
