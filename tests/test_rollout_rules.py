@@ -99,7 +99,7 @@ def test_options_that_are_ours(found, option) -> None:
 
 
 def test_what_is_ours_is_what_the_server_gets_from_us(tmp_path) -> None:
-    from megatron_prime.rollout.sglang_arguments import ServerSpec, server_arguments
+    from megatron_prime.rollout.sglang_arguments import GPU_DEFAULTS, ServerSpec, server_arguments
 
     spec = ServerSpec(
         python=Path("python"),

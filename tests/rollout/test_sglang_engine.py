@@ -189,6 +189,7 @@ def test_too_many_restarts_end_the_run_with_the_log(make) -> None:
         list(engine.generate(PROMPTS, SAMPLING))
     assert "failed 3 times in one step, more than rollout.max_restarts = 2" in str(caught.value)
     assert "server.log ends with\n" in str(caught.value)
+    assert sum(asked(setting.server_folder(0)).values()) == 3, "each process died at its first"
 
 
 def test_restarts_are_counted_anew_in_each_step(make) -> None:
