@@ -32,17 +32,20 @@ from megatron_prime.runtime.distributed import destroy  # noqa: E402
 def fake_rank(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[None]:
     """Be `rank` of `world_size` inside."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    create = parallel_state.create_group
     try:
+        # The groups that Megatron wants on gloo are fake ones, too.
+        parallel_state.create_group = lambda *a, **k: create(*a, **{**k, "backend": None})
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.tp,
             pipeline_model_parallel_size=sizes.pp,
             virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
             context_parallel_size=sizes.cp,
-            create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(1)
         yield
     finally:
+        parallel_state.create_group = create
         destroy()
 
 
