@@ -109,16 +109,17 @@ def activations(
     in_flight = chunks_in_flight(how.sizes, how.stage, micro_batches)
     saved = in_flight * chunk_bytes(shape, how, tokens)
     passing, after_loss = _backward_peak(shape, how, tokens)
-    logits = 0
+    logits = without_gradient = 0
     if how.is_last:
         saved += _head_bytes(shape, how, tokens, wanted)
-        logits = logits_bytes(shape, how, tokens, wanted)
-    forward = max(_forward_peak(shape, how, tokens), logits)
+        without_gradient = logits_bytes(shape, how, tokens, wanted)
+        logits = logits_bytes(shape, how, tokens, wanted, with_gradient=True)
+    forward = max(_forward_peak(shape, how, tokens), without_gradient)
     return ActivationBytes(
         saved=saved,
         logits=logits,
         training=saved + max(logits, passing, after_loss),
-        scoring=forward + round(2 * how.value_bytes * shape.hidden_size * tokens * how.share),
+        scoring=forward + round(4 * how.value_bytes * shape.hidden_size * tokens * how.share),
     )
 
 
@@ -163,8 +164,8 @@ def layer_bytes(shape: ModelShape, how: Computation, tokens: int) -> int:
     if not how.transformer_engine and how.sizes.cp > 1:  # keys and values of all ranks
         attention = b * (3 * q + 2 * kv * how.sizes.cp) + _FP32 * heads
     if shape.qk_norm:
-        kept = b if how.transformer_engine or b == _FP32 else 2 * _FP32
-        attention += kept * (q + kv) + _FP32 * (heads + kv_heads)
+        attention += b * (q + kv) if how.transformer_engine else _norm_of_heads(b, q, kv)
+        attention += _FP32 * (heads + kv_heads)
     mlp = b * (2 if how.fused_swiglu else 4) * f + linear_input * f
     before_mlp = norm + linear_input * h
     if "mlp" in selective:
@@ -174,17 +175,28 @@ def layer_bytes(shape: ModelShape, how: Computation, tokens: int) -> int:
     return round(tokens * (norm + linear_input * h + attention + before_mlp + mlp))
 
 
-def logits_bytes(shape: ModelShape, how: Computation, tokens: int, wanted: int) -> int:
-    """Logits, two fp32 copies in which softmax and its gradient are made, and the gradient.
+def _norm_of_heads(b: int, q: float, kv: float) -> float:
+    """Plain torch: inputs (in fp32 the keys' are the projection itself) and normed inputs."""
+    return _FP32 * (q + kv) + _FP32 * (q if b == _FP32 else q + kv)
 
-    models/logprobs.py. Under sequence parallelism those of all tokens are made first.
+
+def logits_bytes(
+    shape: ModelShape, how: Computation, tokens: int, wanted: int, with_gradient: bool = False
+) -> int:
+    """Logits, and two fp32 copies in which softmax and its gradient are made (models/logprobs.py).
+
+    At a temperature other than 1 they are divided in fp32 first; half-precision ones have a
+    gradient of their own. Under sequence parallelism those of all tokens are made first.
     """
     columns = shape.padded_vocab_size // how.sizes.tp
-    kept = _FP32 if how.fp32_logits else how.value_bytes
-    gradient = how.value_bytes if how.value_bytes < _FP32 else 0
-    at_loss = columns * wanted * (kept + 2 * _FP32 + gradient)
-    made = columns * how.value_bytes * (tokens + wanted) if how.sequence_parallel else 0
-    return max(at_loss, made)
+    b = how.value_bytes
+    at_loss = b + 2 * _FP32
+    if how.fp32_logits:
+        at_loss += _FP32
+    elif with_gradient and b < _FP32:
+        at_loss += b
+    made = columns * b * (tokens + wanted) if how.sequence_parallel else 0
+    return max(columns * wanted * at_loss, made)
 
 
 def _head_bytes(shape: ModelShape, how: Computation, tokens: int, wanted: int) -> int:

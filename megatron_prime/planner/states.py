@@ -25,6 +25,9 @@ from megatron_prime.config import PrecisionOptions
 from megatron_prime.planner.counts import Parameter
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# What torch's isfinite makes of each value of a gradient buffer (models/training.py looks at one
+# buffer after the other): |x| in fp32, and three masks.
+CHECK_BYTES = 7
 _FP8_COPIES = 2  # along rows and along columns
 _SCALE_BYTES = {"delayed": 0.0, "tensorwise": 0.0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}
 _START, _END = 64, 128  # values; param_and_grad_buffer.py:576-610
