@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     of_reshard.add_argument("--network-gb-per-s", type=float, default=50.0, help="between nodes")
     of_memory.add_argument("--device-gib", type=float, default=80.0, help="memory of a device")
     of_memory.add_argument("--reserve-gib", type=float, default=6.0, help="what is not counted")
-    of_memory.add_argument("--offload", action="store_true", help="what a phase does not use is off")
+    of_memory.add_argument(
+        "--offload", action="store_true", help="what a phase does not use is off"
+    )
     of_memory.add_argument("--cpu", action="store_true", help="plain layers and optimizer")
     of_memory.add_argument("--json", action="store_true")
     return parser

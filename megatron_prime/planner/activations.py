@@ -11,9 +11,9 @@ activations' type, with t tensor-parallel ranks and r = 1 / t under sequence par
     SwiGLU     5 f / t      fc1's output 2 f, its linear half once more, the gate, fc2's input;
                             3 f / t with `megatron.bias_activation_fusion`
 
-Plain torch layers keep 8 h r bytes for each norm (input and normed input in fp32). Sources:
-models/torch_spec.py, megatron/core/transformer/{mlp,attention,transformer_layer}.py; what Transformer
-Engine keeps is taken from its documentation of these operations and not measured yet.
+Plain torch layers keep 8 h r bytes for each norm (input and normed input in fp32), as measured on a
+CPU. Sources: models/torch_spec.py, megatron/core/transformer/{mlp,attention,transformer_layer}.py.
+That Transformer Engine's layers keep what stands in the table is an assumption, not measured yet.
 
 Recomputation (transformer_block.py): `full` keeps the input of each group of layers; `selective`
 drops what the modules in `recompute_modules` made: `core_attn` the attention's statistics, `mlp`

@@ -69,7 +69,9 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[str, RunC
             half = config.sglang.get("mem_fraction_static", ASSUMED_FRACTION) / 2
             yield (
                 f"sglang.mem_fraction_static = {half:.2f}",
-                config.model_copy(update={"sglang": {**config.sglang, "mem_fraction_static": half}}),
+                config.model_copy(
+                    update={"sglang": {**config.sglang, "mem_fraction_static": half}}
+                ),
             )
     else:
         size = max(1, rollout.batch_size // 2)

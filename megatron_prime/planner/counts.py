@@ -145,7 +145,5 @@ def engine_count(shape: ModelShape, tp: int) -> EngineCount:
     small = 2 * h + (q + 2 * kv if shape.qkv_bias else 0) + (2 * d if shape.qk_norm else 0)
     return EngineCount(
         matrices=shape.num_layers * matrices,
-        others=shape.num_layers * small
-        + h
-        + vocabulary * h * (1 if shape.tied_embeddings else 2),
+        others=shape.num_layers * small + h + vocabulary * h * (1 if shape.tied_embeddings else 2),
     )

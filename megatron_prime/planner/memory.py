@@ -118,6 +118,15 @@ WORK: Mapping[str, tuple[str, ...]] = {
 }
 
 
+UNEVEN = (  # options that give pipeline stages different numbers of layers
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
 def make_plan(
     config: RunConfig,
     world_size: int,
@@ -136,6 +145,11 @@ def make_plan(
             f"found {world_size} ranks, wanted a multiple of the {sizes.replica} that hold a "
             "replica: megatron.tensor_model_parallel_size * pipeline_model_parallel_size * "
             "context_parallel_size"
+        )
+    if uneven := [option for option in UNEVEN if config.megatron.get(option)]:
+        raise ConfigError(
+            f"megatron.{uneven[0]}: found {config.megatron[uneven[0]]!r}; the plan knows equal "
+            "pipeline stages only; remove it"
         )
     planner = _Planner(config, world_size // sizes.replica, machine, table)
     places = [

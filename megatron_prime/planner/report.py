@@ -77,7 +77,8 @@ def _phases(plan: MemoryPlan) -> Iterator[str]:
     for phase in plan.phases:
         kept = sum(phase.resident.values())
         columns = "".join(
-            f"{nbytes / GIB:>10.2f}" for nbytes in (kept, phase.working[1], phase.device, phase.host)
+            f"{nbytes / GIB:>10.2f}"
+            for nbytes in (kept, phase.working[1], phase.device, phase.host)
         )
         yield f"{phase.phase:16}{phase.rank:>6}{columns}  {_largest(phase)}"
 
@@ -93,8 +94,8 @@ def _largest(phase: PhasePlan) -> str:
 def _verdict(plan: MemoryPlan, advice: Sequence[Advice]) -> Iterator[str]:
     peak, machine = plan.peak, plan.machine
     yield (
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {peak.device / GIB:.2f} GiB in {peak.phase} on "
-        f"rank {peak.rank}, and {machine.reserve_bytes / GIB:g} GiB in reserve, of "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {peak.device / GIB:.2f} GiB in {peak.phase} "
+        f"on rank {peak.rank}, and {machine.reserve_bytes / GIB:g} GiB in reserve, of "
         f"{machine.device_bytes / GIB:g} GiB"
     )
     if not plan.fits and advice:

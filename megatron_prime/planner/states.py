@@ -8,7 +8,7 @@ each bucket every data- and context-parallel rank keeps masters and moments of a
 (distrib_optimizer.py). Without it, on a CPU, nothing is padded and every rank keeps all.
 
     per value   bf16 or fp16: weight 2, gradient 4, master 4, moments 4 + 4
-                fp32:         weight 4, gradient 4,            moments 4 + 4   (it is its own master)
+                fp32:         weight 4, gradient 4,            moments 4 + 4  (it is its own master)
                 fp8_param:    weight 1 + 1 (along rows, and along columns for the backward pass)
 
 FP8 products without `fp8_param` keep such two copies beside the bf16 weights, from the first

@@ -52,7 +52,9 @@ def test_every_rank_holds_what_megatron_builds(
     name: str, sizes: ParallelSizes, tmp_path: Path, monkeypatch: Any
 ) -> None:
     shape = shape_of(tmp_path, name, sizes.tp)
-    world_size = 2 * sizes.replica  # two data-parallel replicas; the second holds what the first does
+    world_size = (
+        2 * sizes.replica
+    )  # two data-parallel replicas; the second holds what the first does
     for rank in range(world_size):
         with fake_rank(rank, world_size, sizes):
             if parallel_state.get_data_parallel_rank() > 0:
@@ -92,5 +94,5 @@ def test_what_can_not_be_cut_is_refused_by_knob(tmp_path: Path) -> None:
     shape = shape_of(tmp_path, "Qwen2.5-7B")
     with pytest.raises(ConfigError, match=r"tensor_model_parallel_size: 8 does not divide .*heads"):
         chunks(shape, ParallelSizes(tp=8), 0)
-    with pytest.raises(ConfigError, match="8 stages .* do not divide the model's 28 layers"):
+    with pytest.raises(ConfigError, match=r"8 stages .* do not divide the model's 28 layers"):
         chunks(shape, ParallelSizes(pp=4, vpp=2), 0)
