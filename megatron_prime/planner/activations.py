@@ -115,11 +115,12 @@ def activations(
         without_gradient = logits_bytes(shape, how, tokens, wanted)
         logits = logits_bytes(shape, how, tokens, wanted, with_gradient=True)
     forward = max(_forward_peak(shape, how, tokens), without_gradient)
+    borders = 8 if how.sizes.pp > 1 else 4  # hidden states: residual, norms, received, sent
     return ActivationBytes(
         saved=saved,
         logits=logits,
         training=saved + max(logits, passing, after_loss),
-        scoring=forward + round(4 * how.value_bytes * shape.hidden_size * tokens * how.share),
+        scoring=forward + round(borders * how.value_bytes * shape.hidden_size * tokens * how.share),
     )
 
 

@@ -121,6 +121,10 @@ def most_bytes(work: Any) -> int:
     return max(accumulate(nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])))
 
 
+def mean_logprob(forward: Forward) -> torch.Tensor:
+    return forward.logprobs.mean()
+
+
 WIDE = {"vocab_size": 8000, "padded_vocab_size": 8000}  # logits decide
 DEEP = {"num_layers": 8, "vocab_size": 100, "padded_vocab_size": 112}  # layers decide
 
@@ -146,14 +150,11 @@ def test_the_most_bytes_of_a_real_step(
     megatron = megatron_options(sizes, **options)
     rows = [TokenSequence(tuple(i % 90 for i in range(TOKENS // 2)), 1)] * 4
 
-    def loss(forward: Forward) -> torch.Tensor:
-        return forward.logprobs.mean()
-
     with fake_rank(0, tp, sizes):
         models = build_model(shape, precision, megatron)
         engine = TrainableEngine(models, shape, knobs, temperature, 10, precision)
-        engine.train_step(rows, range(4), loss)  # what is allocated once
-        training = most_bytes(lambda: engine._schedule(rows, range(4), loss))
+        engine.train_step(rows, range(4), mean_logprob)  # what is allocated once
+        training = most_bytes(lambda: engine._schedule(rows, range(4), mean_logprob))
         scoring = most_bytes(lambda: engine.logprobs(rows))
         checking = most_bytes(engine._gradients_are_finite)
         gradients = sum(b.grad_data.numel() for chunk in engine.chunks for b in chunk.buffers)
@@ -162,6 +163,33 @@ def test_the_most_bytes_of_a_real_step(
     assert found.training == pytest.approx(training, rel=0.15)
     assert found.scoring == pytest.approx(scoring, rel=0.15)
     assert checking == pytest.approx(CHECK_BYTES * gradients, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        (ParallelSizes(pp=4), "bf16"),
+        (ParallelSizes(pp=2, vpp=2), "bf16"),
+        (ParallelSizes(tp=2, pp=2, vpp=4), "fp32"),
+    ],
+)
+def test_the_most_bytes_of_each_stage_of_a_pipeline(sizes: ParallelSizes, dtype: Any) -> None:
+    """Megatron's schedules with eight micro-batches; what fake neighbours send is not looked at."""
+    shape, precision = replace(shape_of(sizes.tp), **DEEP), PrecisionOptions(dtype=dtype)
+    megatron, knobs = megatron_options(sizes), PolicySection(micro_batch_tokens=TOKENS)
+    rows = [TokenSequence(tuple(i % 90 for i in range(TOKENS)), 1)] * 8
+    for stage in range(sizes.pp):
+        with fake_rank(stage * sizes.tp, sizes.replica, sizes):
+            models = build_model(shape, precision, megatron)
+            engine = TrainableEngine(models, shape, knobs, 1.0, 10, precision)
+            engine._schedule(rows, range(8), mean_logprob)  # what is allocated once
+            training = most_bytes(lambda: engine._schedule(rows, range(8), mean_logprob))  # noqa: B023
+            with torch.no_grad():
+                scoring = most_bytes(lambda: engine._schedule(rows, range(8), None))  # noqa: B023
+        how = Computation.of(megatron, sizes, stage, precision, 1.0, on_gpu=False)
+        found = activations(shape, how, TOKENS, TOKENS - 1, micro_batches=8)
+        assert found.training == pytest.approx(training, rel=0.15), f"stage {stage}"
+        assert found.scoring == pytest.approx(scoring, rel=0.15), f"stage {stage}"
 
 
 def test_micro_batches_in_flight() -> None:
