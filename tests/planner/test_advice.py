@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import run_config
+from planned_runs import run_config
 
 from megatron_prime.planner.advice import advise
 from megatron_prime.planner.memory import Machine, make_plan

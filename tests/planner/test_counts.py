@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_ranks import fake_rank, megatron_options
 from megatron.core import parallel_state
-from models import CONFIGS, PUBLISHED, shape_of
+from public_models import CONFIGS, PUBLISHED, shape_of
 
 from megatron_prime.config import ConfigError, ParallelSizes, PrecisionOptions
 from megatron_prime.models.architecture import build_model

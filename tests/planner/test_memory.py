@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_ranks import fake_rank, megatron_options
 from megatron.core import parallel_state
-from runs import run_config
+from planned_runs import run_config
 
 from megatron_prime.config import ConfigError, ParallelSizes
 from megatron_prime.models.architecture import build_model

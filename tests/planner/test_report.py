@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runs import run_config
+from planned_runs import run_config
 
 from megatron_prime.planner.advice import advise
 from megatron_prime.planner.memory import GIB, Machine, make_plan

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models import CONFIGS
+from public_models import CONFIGS
 
 from megatron_prime.config import RunConfig
 
