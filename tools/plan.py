@@ -2,15 +2,20 @@
 
     python tools/plan.py reshard CONFIG [--ranks N] [--ranks-per-node 8] [--section.key=value ...]
                                         [--gb-per-s 450] [--network-gb-per-s 50]
+    python tools/plan.py memory CONFIG [--ranks N] [--device-gib 80] [--reserve-gib 6] [--offload]
+                                       [--cpu] [--json] [--section.key=value ...]
 
 `reshard` prints how new weights get from the trainer's ranks to the SGLang servers: bytes by the
 way they take, what gathering whole tensors on every rank would take instead, and the seconds that
 the given bandwidths (GB/s of one rank in one direction, inside a node and between nodes) allow.
+`memory` prints the bytes of every rank and phase, whether they fit, and what would help; it needs
+no torch. docs/planner.md tells what is counted and what is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from math import lcm
@@ -18,20 +23,16 @@ from pathlib import Path
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.config_file import load
+from megatron_prime.planner.advice import advise
+from megatron_prime.planner.memory import GIB, Machine, make_plan
+from megatron_prime.planner.report import as_json, as_table
+from megatron_prime.planner.residency import OFFLOADED, RESIDENT
 from megatron_prime.validate import check
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 1 with the reason when there is no such plan."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_reshard = commands.add_parser("reshard", help="the weight sync")
-    of_reshard.add_argument("config", type=Path)
-    of_reshard.add_argument("--ranks", type=int, help="default: the fewest that can run it")
-    of_reshard.add_argument("--ranks-per-node", type=int, default=8)
-    of_reshard.add_argument("--gb-per-s", type=float, default=450.0, help="inside a node")
-    of_reshard.add_argument("--network-gb-per-s", type=float, default=50.0, help="between nodes")
-    known, overrides = parser.parse_known_args(arguments)
+    """Exit status: 0; 1 with the reason when there is no such plan; 2 when memory does not fit."""
+    known, overrides = _parser().parse_known_args(arguments)
     try:
         config = load(known.config, overrides)
         ranks = known.ranks or lcm(config.parallel.replica, config.rollout.tensor_parallel_size)
@@ -40,11 +41,46 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--ranks: found {ranks}, wanted a multiple of tensor × pipeline × context parallel"
                 f" = {config.parallel.replica}"
             )
+        if known.command == "memory":
+            return print_memory(config, ranks, known)
         print_reshard(config, ranks, known.ranks_per_node, known.gb_per_s, known.network_gb_per_s)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_reshard = commands.add_parser("reshard", help="the weight sync")
+    of_memory = commands.add_parser("memory", help="bytes per rank and phase")
+    for command in (of_reshard, of_memory):
+        command.add_argument("config", type=Path)
+        command.add_argument("--ranks", type=int, help="default: the fewest that can run it")
+    of_reshard.add_argument("--ranks-per-node", type=int, default=8)
+    of_reshard.add_argument("--gb-per-s", type=float, default=450.0, help="inside a node")
+    of_reshard.add_argument("--network-gb-per-s", type=float, default=50.0, help="between nodes")
+    of_memory.add_argument("--device-gib", type=float, default=80.0, help="memory of a device")
+    of_memory.add_argument("--reserve-gib", type=float, default=6.0, help="what is not counted")
+    of_memory.add_argument(
+        "--offload", action="store_true", help="what a phase does not use is off"
+    )
+    of_memory.add_argument("--cpu", action="store_true", help="plain layers and optimizer")
+    of_memory.add_argument("--json", action="store_true")
+    return parser
+
+
+def print_memory(config: RunConfig, ranks: int, options: argparse.Namespace) -> int:
+    """The memory plan; 0 if it fits, else 2."""
+    machine = Machine(
+        round(options.device_gib * GIB), round(options.reserve_gib * GIB), not options.cpu
+    )
+    table = OFFLOADED if options.offload else RESIDENT
+    plan = make_plan(config, ranks, machine, table)
+    advice = [] if plan.fits else advise(config, ranks, machine, table)
+    print(json.dumps(as_json(plan, advice)) if options.json else as_table(plan, advice))
+    return 0 if plan.fits else 2
 
 
 def print_reshard(

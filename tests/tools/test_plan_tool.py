@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -114,3 +116,36 @@ def test_what_the_run_itself_would_refuse_is_told(tool, config, tmp_path, capsys
     (tmp_path / "train.jsonl").unlink()
     assert tool.main(["reshard", str(config), "--ranks", "64"]) == 0
     assert re.search(r"run would be refused:\n  data\.train: ", capsys.readouterr().out)
+
+
+def test_memory_of_70b_on_64_gpus(tool: ModuleType, config: Path, capsys) -> None:
+    """A quarter of an eighth of 70.55 G parameters, in bf16, on a rank in the middle."""
+    arguments = ["memory", str(config), "--ranks", "64", "--json"]
+    assert tool.main(arguments) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    assert len(found["ranks"]) == 64
+    middle = next(rank for rank in found["ranks"] if rank["pp"] == 1)
+    layer = (64 + 2 * 8 + 64) * 128 * 8192 + 3 * 8192 * 28672
+    assert middle["parameters"] == 20 * (layer // 8 + 2 * 8192)
+    kept = middle["bytes"]
+    assert kept["policy.weights"] == pytest.approx(2 * middle["parameters"], rel=1e-4)
+    assert kept["policy.gradients"] == 2 * kept["policy.weights"]
+    assert kept["policy.moments"] == 2 * kept["policy.masters"]  # halves, over two replicas
+    assert kept["policy.masters"] == pytest.approx(2 * middle["parameters"], rel=1e-4)
+    assert tool.main([*arguments[:-1], "--offload", "--device-gib=141"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^fits: [\d.]+ GiB in \w+ on rank \d+", output, re.MULTILINE)
+    assert "policy.activations" in output
+
+
+def test_memory_is_planned_without_torch(config: Path) -> None:
+    program = f"""
+import runpy, sys
+sys.argv = ["plan.py", "memory", {str(config)!r}, "--device-gib=1000"]
+try:
+    runpy.run_path({str(TOOL)!r}, run_name="__main__")
+finally:
+    assert not {{"torch", "megatron", "transformers"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=TOOL.parents[1])

@@ -1,0 +1,298 @@
+"""The memory of a run: per rank what is kept, per phase how much there is at the worst moment.
+
+Three models share the devices with the rollout engine. `states.py` says what each keeps,
+`activations.py` what its micro-batches need, `residency.py` what lies on the device when; here they
+are added up, from a run's configuration and the config.json of its models.
+
+A pack is taken to be as full as `micro_batch_tokens` allows and to be responses only, so that all
+its tokens need logits. Key/value cache: what `sglang.max_total_tokens` asks for; else what
+`sglang.mem_fraction_static` leaves beside the engine's weights of the memory that is free when
+everything else of the phase is on the device, and no less than the longest sequence. Not counted:
+CUDA contexts, NCCL, CUDA graphs, fragmentation; the reserve is for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
+from megatron_prime.planner.activations import ActivationBytes, Computation, activations
+from megatron_prime.planner.counts import Parameter, chunks, engine_count
+from megatron_prime.planner.residency import (
+    PHASES,
+    SCORE,
+    UPDATE_POLICY,
+    UPDATE_PRM,
+    Buffers,
+    on_host,
+)
+from megatron_prime.planner.states import (
+    CHECK_BYTES,
+    VALUE_BYTES,
+    Sharding,
+    StateBytes,
+    frozen_bytes,
+    trained_bytes,
+)
+from megatron_prime.precision_rules import token_multiple
+from megatron_prime.weights.shape import ModelShape
+
+GIB = 2**30
+_FP8_VALUE = 1 + 4 / 128**2  # with the scale of its block
+_STEP_BYTES = 8  # torch's AdamW on a CPU, per value of the tensor being stepped
+ASSUMED_FRACTION = 0.85  # where sglang.mem_fraction_static is not set; SGLang chooses by itself
+
+
+class Machine(NamedTuple):
+    """One device, and what of it is not to be planned with."""
+
+    device_bytes: int = 80 * GIB
+    reserve_bytes: int = 6 * GIB
+    on_gpu: bool = True
+
+
+class Place(NamedTuple):
+    """A rank's coordinates, in Megatron's order: tensor-parallel neighbours first."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """One rank: what it keeps, and what its work needs beside that, in bytes."""
+
+    rank: int
+    place: Place
+    parameters: int  # of the policy
+    kept: Mapping[str, int]
+    work: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """A phase on the rank that needs most."""
+
+    phase: str
+    rank: int
+    resident: Mapping[str, int]
+    working: tuple[str, int]  # the largest of the phase's works
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Bytes at the worst moment."""
+        return sum(self.resident.values()) + self.working[1]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A whole run."""
+
+    machine: Machine
+    world_size: int
+    ranks: tuple[RankPlan, ...]
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def peak(self) -> PhasePlan:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does, with the reserve."""
+        return self.peak.device + self.machine.reserve_bytes <= self.machine.device_bytes
+
+
+# What happens in a phase, one after the other; the largest counts.
+WORK: Mapping[str, tuple[str, ...]] = {
+    SCORE: ("policy.scoring", "reference.scoring"),
+    UPDATE_PRM: ("prm.activations", "prm.scoring", "prm.gradient_check", "prm.step"),
+    UPDATE_POLICY: ("policy.activations", "policy.gradient_check", "policy.step"),
+}
+
+
+UNEVEN = (  # options that give pipeline stages different numbers of layers
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def make_plan(
+    config: RunConfig,
+    world_size: int,
+    machine: Machine,
+    table: Mapping[str, Buffers],
+    replicas: int | None = None,
+) -> MemoryPlan:
+    """The plan of `python -m megatron_prime train` on `world_size` ranks.
+
+    `replicas`: only the first so many data-parallel ones, which need as much as the others or
+    more. Raises ConfigError when models or ranks can't be cut as `[megatron]` says.
+    """
+    sizes = config.parallel
+    if world_size % sizes.replica:
+        raise ConfigError(
+            f"found {world_size} ranks, wanted a multiple of the {sizes.replica} that hold a "
+            "replica: megatron.tensor_model_parallel_size * pipeline_model_parallel_size * "
+            "context_parallel_size"
+        )
+    if uneven := [option for option in UNEVEN if config.megatron.get(option)]:
+        raise ConfigError(
+            f"megatron.{uneven[0]}: found {config.megatron[uneven[0]]!r}; the plan knows equal "
+            "pipeline stages only; remove it"
+        )
+    planner = _Planner(config, world_size // sizes.replica, machine, table)
+    places = [
+        Place(tp, cp, dp, pp)
+        for pp in range(sizes.pp)
+        for dp in range(world_size // sizes.replica)
+        for cp in range(sizes.cp)
+        for tp in range(sizes.tp)
+    ]
+    ranks = tuple(
+        planner.rank(number, place)
+        for number, place in enumerate(places)
+        if replicas is None or place.dp < replicas
+    )
+    names: tuple[ModelName, ...] = ("policy", "prm", "reference")
+    in_fp32 = frozenset(name for name in names if config.precision.of(name).dtype == "fp32")
+    phases = [
+        max((_phase(phase, rank, table, in_fp32) for rank in ranks), key=lambda p: p.device)
+        for phase in PHASES
+        if config.uses_prm or phase != UPDATE_PRM
+    ]
+    return MemoryPlan(machine, world_size, ranks, tuple(phases))
+
+
+def _phase(
+    phase: str, rank: RankPlan, table: Mapping[str, Buffers], in_fp32: frozenset[str]
+) -> PhasePlan:
+    resident = {name: n for name, n in rank.kept.items() if n and name in table[phase]}
+    works = [(name, rank.work[name]) for name in WORK.get(phase, ()) if name in rank.work]
+    host = on_host(phase, table, in_fp32)
+    return PhasePlan(
+        phase=phase,
+        rank=rank.rank,
+        resident=resident,
+        working=max(works, key=lambda work: work[1], default=("", 0)),
+        host=sum(n for name, n in rank.kept.items() if name in host),
+    )
+
+
+class _Planner:
+    """The parts of a plan; what several ranks have in common is worked out once."""
+
+    def __init__(
+        self, config: RunConfig, dp_size: int, machine: Machine, table: Mapping[str, Buffers]
+    ) -> None:
+        self.config, self.dp_size, self.machine, self.table = config, dp_size, machine, table
+        tp = config.parallel.tp
+        policy = ModelShape.from_hf(config.model.hf, tp)
+        self.shapes: dict[ModelName, ModelShape] = {"policy": policy}
+        if config.uses_prm:
+            own = config.prm.hf
+            self.shapes |= {
+                "prm": policy if own is None else ModelShape.from_hf(own, tp),
+                "reference": policy,
+            }
+        self.longest = config.data.max_prompt_length + config.rollout.max_response_length
+        self._state = cache(self._states)
+        self._activation = cache(self._activations)
+
+    def rank(self, number: int, place: Place) -> RankPlan:
+        """What a rank keeps, and what its work needs."""
+        kept: dict[str, int] = {}
+        work: dict[str, int] = {}
+        for name in self.shapes:
+            state = self._state(name, place.pp, place.dp * self.config.parallel.cp + place.cp)
+            active = self._activation(name, place.pp)
+            work[f"{name}.scoring"] = active.scoring
+            if name == "reference":
+                kinds = {k: n for k, n in state.by_kind.items() if k in ("weights", "fp8_copies")}
+            else:
+                kinds = state.by_kind
+                work[f"{name}.activations"] = active.training
+                work[f"{name}.gradient_check"] = CHECK_BYTES * state.largest_buffer
+                if not self.machine.on_gpu:
+                    work[f"{name}.step"] = _STEP_BYTES * state.largest_shard
+            kept |= {f"{name}.{kind}": n for kind, n in kinds.items()}
+        kept |= self._engine(kept)
+        parts = self._parts("policy", place.pp)
+        parameters = sum(parameter.numel for chunk in parts for parameter in chunk)
+        return RankPlan(number, place, parameters, kept, work)
+
+    def _parts(self, name: ModelName, stage: int) -> list[list[Parameter]]:
+        return chunks(self.shapes[name], self.config.parallel, stage)
+
+    def _states(self, name: ModelName, stage: int, replica: int) -> StateBytes:
+        """`replica`: the number among the data- and context-parallel ranks."""
+        layers, precision = self.shapes[name].num_layers, self.config.precision.of(name)
+        if name == "reference":
+            return frozen_bytes(self._parts(name, stage), layers, precision)
+        sharding = Sharding(
+            distributed=self.machine.on_gpu,
+            rank=replica,
+            ranks=self.dp_size * self.config.parallel.cp,
+            data_parallel=self.dp_size,
+            stage=stage,
+        )
+        return trained_bytes(self._parts(name, stage), layers, precision, sharding)
+
+    def _activations(self, name: ModelName, stage: int) -> ActivationBytes:
+        config, precision = self.config, self.config.precision.of(name)
+        knobs: BatchSection = config.policy if name == "policy" else config.prm
+        sizes, temperature = config.parallel, config.rollout.temperature
+        how = Computation.of(
+            config.megatron,
+            sizes,
+            stage,
+            precision,
+            temperature if name == "policy" else 1.0,
+            self.machine.on_gpu,
+        )
+        rows = max(1, knobs.mini_batch_size // self.dp_size)
+        sharing = sizes.tp if how.sequence_parallel else 1
+        multiple = token_multiple(precision, sharing)
+        tokens = min(knobs.micro_batch_tokens, -(-rows * self.longest // sizes.cp))
+        tokens = -(-tokens // multiple) * multiple
+        return activations(self.shapes[name], how, tokens, tokens, rows)
+
+    def _engine(self, trainer: Mapping[str, int]) -> dict[str, int]:
+        """The rollout engine's share of this rank, beside what the trainer keeps."""
+        rollout, sglang = self.config.rollout, self.config.sglang
+        shape, value = self.shapes["policy"], VALUE_BYTES[self.config.precision.policy.dtype]
+        tp = rollout.tensor_parallel_size if rollout.engine == "sglang" else 1
+        held = engine_count(shape, tp)
+        per_matrix = _FP8_VALUE if rollout.fp8_weights and rollout.engine == "sglang" else value
+        weights = round(held.matrices * per_matrix + held.others * value)
+        kv_heads = max(1, shape.num_kv_heads // tp)
+        per_token = 2 * shape.num_layers * kv_heads * shape.head_dim * value
+        if rollout.engine == "local":
+            return {
+                "engine.weights": weights,
+                "engine.kv_cache": rollout.batch_size * self.longest * per_token,
+            }
+        buffers = 2 * min(rollout.sync_bucket_mib * 2**20, weights)
+        tokens = sglang.get("max_total_tokens")
+        if tokens is None:
+            beside = self.table["generate"]
+            others = sum(n for name, n in trainer.items() if name in beside)
+            others += buffers if "sync.buffers" in beside else 0
+            fraction = float(sglang.get("mem_fraction_static", ASSUMED_FRACTION))
+            usable = self.machine.device_bytes - self.machine.reserve_bytes - others
+            tokens = max(self.longest, int(fraction * usable - weights) // per_token)
+        return {
+            "engine.weights": weights,
+            "engine.kv_cache": tokens * per_token,
+            "sync.buffers": buffers,
+        }

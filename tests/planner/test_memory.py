@@ -1,0 +1,146 @@
+"""Whole plans: against real engines' storages, by hand, and in their proportions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_ranks import fake_rank, megatron_options
+from megatron.core import parallel_state
+from planned_runs import run_config
+
+from megatron_prime.config import ConfigError, ParallelSizes
+from megatron_prime.models.architecture import build_model
+from megatron_prime.models.training import TrainableEngine
+from megatron_prime.planner.memory import GIB, Machine, MemoryPlan, make_plan
+from megatron_prime.planner.residency import OFFLOADED, RESIDENT
+from megatron_prime.runtime.compat import megatron_calls
+from megatron_prime.weights.shape import ModelShape
+
+CPU = Machine(GIB, 0, on_gpu=False)
+SGLANG = {"engine": "sglang", "tensor_parallel_size": 2}
+
+
+def storages(tensors: list[torch.Tensor]) -> int:
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_three_real_models_hold_what_the_plan_says(rank: int, tmp_path: Path) -> None:
+    sizes = ParallelSizes(tp=2, pp=2)
+    precision: dict[str, Any] = {"prm": {"dtype": "fp32"}}
+    config = run_config(tmp_path, megatron=megatron_options(sizes), precision=precision)
+    shape = ModelShape.from_hf(config.model.hf, sizes.tp)
+    real: dict[str, int] = {}
+    with fake_rank(rank, 4, sizes):
+        place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        for name, knobs in (("policy", config.policy), ("prm", config.prm)):
+            options = config.precision.of(name)  # type: ignore[arg-type]
+            models = build_model(shape, options, config.megatron)
+            engine = TrainableEngine(models, shape, knobs, 1.0, 10, options)
+            for chunk in engine.chunks:
+                for buffer in chunk.buffers:
+                    buffer.grad_data.fill_(1.0)
+            with megatron_calls():
+                engine.optimizer.step()
+            parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
+            masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+            moments = [
+                state[moment]
+                for state in engine.optimizer.optimizer.state.values()
+                for moment in ("exp_avg", "exp_avg_sq")
+            ]
+            weights = storages(parameters)
+            real |= {
+                f"{name}.weights": weights,
+                f"{name}.gradients": storages(
+                    [b.grad_data for chunk in engine.chunks for b in chunk.buffers]
+                ),
+                f"{name}.masters": storages([*parameters, *masters]) - weights,
+                f"{name}.moments": storages(moments),
+            }
+        models = build_model(shape, config.precision.reference, config.megatron)
+        real["reference.weights"] = storages([p for m in models for p in m.parameters()])
+    found = make_plan(config, 4, CPU, RESIDENT).ranks[rank]
+    assert (found.place.tp, found.place.pp) == place
+    assert found.parameters == sum(p.numel() for m in models for p in m.parameters())
+    assert {name: found.kept[name] for name in real} == real
+
+
+def test_the_ranks_are_numbered_as_megatrons(tmp_path: Path) -> None:
+    sizes = ParallelSizes(tp=2, pp=2, cp=2)
+    config = run_config(tmp_path, megatron=megatron_options(sizes))
+    ranks = make_plan(config, 16, CPU, RESIDENT).ranks
+    for rank in ranks:
+        with fake_rank(rank.rank, 16, sizes):
+            assert rank.place == (
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_context_parallel_rank(),
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_pipeline_model_parallel_rank(),
+            )
+
+
+def plan_8b(folder: Path, offload: bool = False, **tables: Any) -> MemoryPlan:
+    megatron = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    tables = {"rollout": SGLANG, "megatron": megatron, **tables}
+    config = run_config(folder, "Llama-3-8B", **tables)
+    return make_plan(config, 8, Machine(), OFFLOADED if offload else RESIDENT)
+
+
+def test_key_value_cache_by_hand(tmp_path: Path) -> None:
+    """Llama-3-8B in bf16 over two ranks: 32 layers, 4 heads of 128, keys and values."""
+    kept = plan_8b(tmp_path, sglang={"max_total_tokens": 1000}).ranks[0].kept
+    assert kept["engine.kv_cache"] == 1000 * 2 * 32 * 4 * 128 * 2
+    free = plan_8b(tmp_path, offload=True, sglang={"mem_fraction_static": 0.5}).ranks[0].kept
+    both = free["engine.kv_cache"] + free["engine.weights"]
+    assert both == pytest.approx(0.5 * (80 - 6) * GIB, rel=1e-4)
+
+
+def test_phases_add_up(tmp_path: Path) -> None:
+    for offload in (False, True):
+        plan = plan_8b(tmp_path, offload, sglang={"max_total_tokens": 100_000})
+        for phase in plan.phases:
+            rank = plan.ranks[phase.rank]
+            table = OFFLOADED if offload else RESIDENT
+            kept = sum(n for name, n in rank.kept.items() if name in table[phase.phase])
+            work = rank.work[phase.working[0]] if phase.working[0] else 0
+            assert phase.device == kept + work
+        assert plan.peak.device == max(phase.device for phase in plan.phases)
+        assert plan.fits == (plan.peak.device <= 74 * GIB)
+
+
+def test_offloading_needs_less_of_the_device_and_some_of_the_host(tmp_path: Path) -> None:
+    resident = plan_8b(tmp_path, sglang={"max_total_tokens": 100_000})
+    offloaded = plan_8b(tmp_path, True, sglang={"max_total_tokens": 100_000})
+    assert offloaded.peak.device < resident.peak.device
+    kept = resident.ranks[0].kept
+    hosts = {phase.phase: phase.host for phase in offloaded.phases}
+    assert hosts["update_policy"] == (
+        kept["prm.masters"] + kept["prm.moments"] + kept["reference.weights"]
+    )
+    assert all(phase.host == 0 for phase in resident.phases)
+
+
+def test_a_run_on_outcomes_alone_has_one_model(tmp_path: Path) -> None:
+    plan = plan_8b(tmp_path, advantage={"process_weight": 0.0})
+    assert not any(name.startswith(("prm", "reference")) for name in plan.ranks[0].kept)
+    assert "update_prm" not in {phase.phase for phase in plan.phases}
+
+
+def test_ranks_that_do_not_fit_a_replica_are_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, megatron={"tensor_model_parallel_size": 2})
+    with pytest.raises(ConfigError, match="found 3 ranks, wanted a multiple of the 2"):
+        make_plan(config, 3, CPU, RESIDENT)
+
+
+def test_uneven_stages_are_refused(tmp_path: Path) -> None:
+    megatron = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}
+    with pytest.raises(ConfigError, match="num_layers_in_first_pipeline_stage: found 1"):
+        make_plan(run_config(tmp_path, megatron=megatron), 2, CPU, RESIDENT)
