@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.planner.memory import ASSUMED_FRACTION, Machine, make_plan
+from megatron_prime.planner.memory import DEFAULT_FRACTION, Machine, make_plan
 from megatron_prime.planner.residency import Buffers
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -66,7 +66,7 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[str, RunC
             _with(config, "rollout", tensor_parallel_size=wider),
         )
         if "max_total_tokens" not in config.sglang:
-            half = config.sglang.get("mem_fraction_static", ASSUMED_FRACTION) / 2
+            half = config.sglang.get("mem_fraction_static", DEFAULT_FRACTION) / 2
             yield (
                 f"sglang.mem_fraction_static = {half:.2f}",
                 config.model_copy(

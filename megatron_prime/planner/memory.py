@@ -43,7 +43,7 @@ from megatron_prime.weights.shape import ModelShape
 GIB = 2**30
 _FP8_VALUE = 1 + 4 / 128**2  # with the scale of its block
 _STEP_BYTES = 8  # torch's AdamW on a CPU, per value of the tensor being stepped
-ASSUMED_FRACTION = 0.85  # where sglang.mem_fraction_static is not set; SGLang chooses by itself
+DEFAULT_FRACTION = 0.4  # sglang.mem_fraction_static, as GPU_DEFAULTS in sglang_arguments.py
 
 
 class Machine(NamedTuple):
@@ -282,13 +282,13 @@ class _Planner:
                 "engine.weights": weights,
                 "engine.kv_cache": rollout.batch_size * self.longest * per_token,
             }
-        buffers = 2 * min(rollout.sync_bucket_mib * 2**20, weights)
+        buffers = 2 * min(int(rollout.sync_bucket_mib * 2**20), weights)
         tokens = sglang.get("max_total_tokens")
         if tokens is None:
             beside = self.table["generate"]
             others = sum(n for name, n in trainer.items() if name in beside)
             others += buffers if "sync.buffers" in beside else 0
-            fraction = float(sglang.get("mem_fraction_static", ASSUMED_FRACTION))
+            fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
             usable = self.machine.device_bytes - self.machine.reserve_bytes - others
             tokens = max(self.longest, int(fraction * usable - weights) // per_token)
         return {

@@ -144,3 +144,10 @@ def test_uneven_stages_are_refused(tmp_path: Path) -> None:
     megatron = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}
     with pytest.raises(ConfigError, match="num_layers_in_first_pipeline_stage: found 1"):
         make_plan(run_config(tmp_path, megatron=megatron), 2, CPU, RESIDENT)
+
+
+def test_the_cache_takes_what_a_server_is_started_with() -> None:
+    from megatron_prime.planner.memory import DEFAULT_FRACTION
+    from megatron_prime.rollout.sglang_arguments import GPU_DEFAULTS
+
+    assert GPU_DEFAULTS["mem_fraction_static"] == DEFAULT_FRACTION
