@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def one_server_of_two(folder: Path, store: dist.Store) -> None:
     engine.close()
 
 
+def one_rank_hangs(folder: Path, store: dist.Store) -> None:
+    """Only rank 1's process hangs in a sync; the leader, whose own is well, learns of it."""
+    setting = Setting(folder, tp=2, sync_timeout_s=3.0)
+    engine = setting.engine(store, hang_in_update=2, starts=1)
+    setting.load(engine, 1)
+    first, started = pid_of(engine), time.monotonic()
+    setting.load(engine, 2)
+    assert time.monotonic() - started < 60, "it waited for a call that never returns"
+    assert (pid_of(engine) != first) == (dist.get_rank() == 0)
+    per_rank = gathered(list(engine.generate(PROMPTS, SAMPLING)))
+    check_groups(per_rank[0], setting.digest(2), 2)
+    assert engine.take_metrics()["rollout/server_restarts"] == 1
+    engine.close()
+
+
 def pid_of(engine: SglangEngine) -> int | None:
     return engine._group._server.pid
 
@@ -95,6 +111,7 @@ def pid_of(engine: SglangEngine) -> int | None:
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     shared = dist.TCPStore("127.0.0.1", int(sys.argv[3]), is_master=dist.get_rank() == 0)
-    {"two": two_servers, "one": one_server_of_two}[sys.argv[1]](Path(sys.argv[2]), shared)
+    cases = {"two": two_servers, "one": one_server_of_two, "hang": one_rank_hangs}
+    cases[sys.argv[1]](Path(sys.argv[2]), shared)
     assert children() == []
     dist.destroy_process_group()

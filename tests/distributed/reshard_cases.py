@@ -223,6 +223,24 @@ def fp8(folder: Path) -> None:
             assert torch.equal(model.held[p.name].float(), rounded.float()), (layout, p.name)
 
 
+def in_bf16(folder: Path) -> None:
+    """Values of two bytes each, odd numbers of them, from bf16 and from fp32 parameters."""
+    sizes = LAYOUTS["tp2-pp2"]
+    parallel_state.destroy_model_parallel()
+    distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
+    for trained in ("bf16", "fp32"):
+        hf_dir = folder / "llama3"
+        shape = ModelShape.from_hf(hf_dir, sizes.tp)
+        chunks = build_model(shape, PrecisionOptions(dtype=trained), megatron_options(sizes))
+        load_hf(chunks, hf_dir, shape)
+        plan = make_plan(shape, TrainingLayout(sizes, 4), EngineLayout(2, 4), 2, 10_001, 4)
+        sync = WeightSync(Reshard(plan, dist.get_rank(), torch.bfloat16), CPU, TIMEOUT_S)
+        model = StandIn(list(plan.engine.parameters(shape, dist.get_rank() % 2)), torch.bfloat16)
+        assert sync_once(sync, LiveWeights(chunks, shape), model, range(2)) is None
+        hf = {name: value.bfloat16() for name, value in HfCheckpoint(hf_dir).tensors()}
+        check(model, hf, shape, 2, f"{trained} into bf16")
+
+
 def from_files(folder: Path) -> None:
     """A checkpoint's files into engines, without a model."""
     hf_dir = folder / "llama3"
@@ -238,5 +256,7 @@ def from_files(folder: Path) -> None:
 if __name__ == "__main__":
     distributed.initialize(rendezvous_from(os.environ), LAYOUTS["tp1-pp1"], 1, TIMEOUT_S)
     what, where = sys.argv[1], Path(sys.argv[2])
-    {"all": reshard_all, "one": only_one_server, "fp8": fp8, "files": from_files}[what](where)
+    {"all": reshard_all, "one": only_one_server, "fp8": fp8, "bf16": in_bf16, "files": from_files}[
+        what
+    ](where)
     distributed.destroy()

@@ -29,6 +29,10 @@ def test_one_server_alone_and_engines_that_fail(models: Path) -> None:
     run_ranks(CASES, 4, ["one", models])
 
 
+def test_parameters_of_two_bytes(models: Path) -> None:
+    run_ranks(CASES, 4, ["bf16", models])
+
+
 def test_a_checkpoints_files_into_engines(models: Path) -> None:
     run_ranks(CASES, 4, ["files", models])
 

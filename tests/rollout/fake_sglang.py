@@ -12,6 +12,7 @@ writes each sample that it is asked for into `asked.jsonl`. Faults, all off by d
 - `spoil`: the n-th answer is wrong by the n-th of these: `lengths`, `nan`, `version`, `count`,
   `stop`, or null;
 - `die_in_update`: the process exits in the middle of the n-th update of the weights;
+- `hang_in_update`: the last rank's process hangs in the middle of the n-th;
 - `corrupt`: a value changes in memory after the n-th update has written it;
 - `orphan`: it has a child that would outlive it;
 - `token_s`: seconds per token; `start_s`: seconds until it is up; `exit_at_start`: a status;
@@ -152,6 +153,8 @@ class Weights:
         self.updates += 1
         if self.updates in (self.faults.get("die_in_update"), self.faults.get("corrupt")):
             self.spoil_checksums(dies=self.updates == self.faults.get("die_in_update"))
+        if self.updates == self.faults.get("hang_in_update"):
+            self.modules[-1].checksum = lambda values: time.sleep(3600)
         calls = (
             asyncio.to_thread(module.load, model, pickle.loads(base64.b64decode(payload)))
             for module, model, payload in zip(self.modules, self.models, payloads, strict=True)

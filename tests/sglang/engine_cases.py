@@ -1,6 +1,6 @@
 """What each rank of test_weights.py does: trains a tiny model beside real SGLang servers.
 
-`python -m torch.distributed.run --nproc-per-node=N engine_cases.py FOLDER LAYOUT TP NAME…`: for
+`python -m torch.distributed.run --nproc-per-node=N engine_cases.py FOLDER LAYOUT TP FATE NAME…`: for
 each checkpoint of FOLDER, the engine in servers of TP ranks; log-probs of fixed sequences, by the
 servers, by the trainer, and by `transformers` as `tiny_models.py` wrote them.
 """
@@ -8,6 +8,7 @@ servers, by the trainer, and by `transformers` as `tiny_models.py` wrote them.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,21 +51,28 @@ class Numbers:
         return " ".join(map(str, token_ids))
 
 
-def main(folder: Path, layout: str, tp: int, names: list[str]) -> None:
+def main(folder: Path, layout: str, tp: int, killed: bool, names: list[str]) -> None:
     sizes = LAYOUTS[layout]
     distributed.initialize(rendezvous_from(os.environ), sizes, 1, TIMEOUT_S)
     store = dist.TCPStore(
         "127.0.0.1", int(os.environ["STORE_PORT"]), is_master=dist.get_rank() == 0
     )
     for name in names:
-        check(folder, name, sizes, tp, dist.PrefixStore(name, store))
+        check(folder, name, sizes, tp, dist.PrefixStore(name, store), killed)
         if dist.get_rank() == 0:
             print(f"the servers have the trainer's weights: {name}", flush=True)
     distributed.destroy()
 
 
-def check(folder: Path, name: str, sizes: ParallelSizes, tp: int, store: dist.Store) -> None:
-    """Before and after an update, and after one that is not synced."""
+def check(
+    folder: Path,
+    name: str,
+    sizes: ParallelSizes,
+    tp: int,
+    store: dist.Store,
+    killed_in_sync: bool,
+) -> None:
+    """Before and after two updates; `killed_in_sync`: server 0 dies in the second one's sync."""
     config = config_of(folder, name, sizes, tp)
     shape = ModelShape.from_hf(config.model.hf, sizes.tp)
     precision = config.precision.policy
@@ -82,17 +90,38 @@ def check(folder: Path, name: str, sizes: ParallelSizes, tp: int, store: dist.St
         first = scored(engine, rows)
         equal(first, truth["logprobs"], f"{name}: the servers and transformers")
         equal(first, trainer.logprobs(rows), f"{name}: the servers and the trainer")
-        trainer.train_step(rows, range(len(rows)), loss)
-        equal(scored(engine, rows), first, f"{name}: before the sync")
-        engine.load_weights(weights, 1)
-        second, wanted = scored(engine, rows), trainer.logprobs(rows)
-        equal(second, wanted, f"{name}: after an update")
-        change = float((second - first).abs().max())
-        assert change > 0.01, f"{name}: the update has changed no log-prob by more than {change}"
+        before = first
+        for version in (1, 2):
+            trainer.train_step(rows, range(len(rows)), loss)
+            equal(scored(engine, rows), before, f"{name}: before the sync")
+            if killed_in_sync and version == 2:
+                kill_in_a_sync(engine)
+            engine.load_weights(weights, version)
+            after, wanted = scored(engine, rows), trainer.logprobs(rows)
+            equal(after, wanted, f"{name}: after update {version}")
+            change = float((after - before).abs().max())
+            assert change > 0.01, f"{name}: the update changed no log-prob by more than {change}"
+            before = after
         sampled(engine, trainer, rows)
-        assert not any(engine.take_metrics().values())
+        restarts = engine.take_metrics()["rollout/server_restarts"]
+        assert restarts == killed_in_sync, f"{name}: {restarts} restarts"
     finally:
         engine.close()
+
+
+def kill_in_a_sync(engine: SglangEngine) -> None:
+    """Once, as soon as the second round of the next sync has been handed to server 0."""
+    handover, publish = engine._sync._handover, engine._sync._handover.publish
+    assert len(handover.layout.rounds) > 3, "a sync of several rounds"
+
+    def killing(round_: int) -> None:
+        publish(round_)
+        if round_ == 1:
+            handover.publish = publish
+            if dist.get_rank() == 0:
+                os.kill(engine._group._server.pid, signal.SIGKILL)
+
+    handover.publish = killing
 
 
 def config_of(folder: Path, name: str, sizes: ParallelSizes, tp: int) -> RunConfig:
@@ -108,6 +137,7 @@ def config_of(folder: Path, name: str, sizes: ParallelSizes, tp: int) -> RunConf
                 "engine": "sglang",
                 "tensor_parallel_size": tp,
                 "sglang_python": Path(os.environ["SGLANG_PYTHON"]),
+                "sync_bucket_mib": 0.05,  # several rounds, also of a tiny model
             },
             "megatron": megatron_options(sizes),
         }
@@ -170,5 +200,5 @@ def equal(found: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
 
 
 if __name__ == "__main__":
-    where, how, servers_of, *which = sys.argv[1:]
-    main(Path(where), how, int(servers_of), which)
+    where, how, servers_of, fate, *which = sys.argv[1:]
+    main(Path(where), how, int(servers_of), fate == "killed", which)
