@@ -1,8 +1,9 @@
 """What each rank of test_weights.py does: trains a tiny model beside real SGLang servers.
 
-`python -m torch.distributed.run --nproc-per-node=N engine_cases.py FOLDER LAYOUT TP FATE NAME…`: for
-each checkpoint of FOLDER, the engine in servers of TP ranks; log-probs of fixed sequences, by the
-servers, by the trainer, and by `transformers` as `tiny_models.py` wrote them.
+`torchrun --nproc-per-node=N engine_cases.py FOLDER LAYOUT TP FATE NAME…`: for each checkpoint of
+FOLDER, the engine in servers of TP ranks; log-probs of fixed sequences, by the servers, by the
+trainer, and by `transformers` as `tiny_models.py` wrote them. FATE `killed`: server 0 is killed in
+the middle of a sync.
 """
 
 from __future__ import annotations
