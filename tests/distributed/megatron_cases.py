@@ -144,6 +144,7 @@ def tally() -> None:
         dist.barrier()
         with pytest.raises(RuntimeError, match="gathered 8 groups of 8 prompts for 12 prompts"):
             ranks.gather([right, half], prompts, enough)
+        dist.barrier()  # all have seen that it is not enough
         if rank == 2:
             enough.add(half)
         found = ranks.gather([half] if rank == 1 else [half, right], prompts, enough)

@@ -256,7 +256,6 @@ def from_files(folder: Path) -> None:
 if __name__ == "__main__":
     distributed.initialize(rendezvous_from(os.environ), LAYOUTS["tp1-pp1"], 1, TIMEOUT_S)
     what, where = sys.argv[1], Path(sys.argv[2])
-    {"all": reshard_all, "one": only_one_server, "fp8": fp8, "bf16": in_bf16, "files": from_files}[
-        what
-    ](where)
+    cases = {"all": reshard_all, "one": only_one_server, "fp8": fp8, "bf16": in_bf16}
+    (cases | {"files": from_files})[what](where)
     distributed.destroy()
