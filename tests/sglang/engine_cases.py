@@ -187,7 +187,7 @@ def sampled(engine: SglangEngine, trainer: TrainableEngine, rows: list[TokenSequ
     everyones = [group for found in engine._group.gathered(mine) for group in found]
     groups = sorted(everyones, key=lambda group: group.prompt.prompt_id)
     assert [g.prompt.prompt_id for g in groups] == list(range(len(prompts)))
-    assert {r.policy_version for g in groups for r in g.rollouts} == {1}
+    assert {r.policy_version for g in groups for r in g.rollouts} == {2}
     pairs = [(g.prompt, r) for g in groups for r in g.rollouts]
     responses = [TokenSequence(p.token_ids + r.response_ids, len(p.token_ids)) for p, r in pairs]
     told = pad([list(r.rollout_logprobs) for _, r in pairs])
