@@ -35,6 +35,7 @@ def knobs(tp: int, *more: str) -> list[str]:
         f"--rollout.sglang_python={os.environ['SGLANG_PYTHON']}",
         f"--rollout.tensor_parallel_size={tp}",
         "--rollout.mismatch_alarm=1e-6",
+        "--rollout.sync_timeout_s=60",
         "--debug.save_rollouts=true",
         "--run.steps=3",
         "--evaluate.every=0",
