@@ -132,7 +132,7 @@ attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 if attempt == "0":
     os._exit(launch.failed(RunError("not yet")))
 launch.finish()
-print("done at", attempt, flush=True)
+print(f"done at {attempt}", flush=True)
 """
     )
     assert run_ranks(script, 2, launcher=["--max-restarts=1"]).count("done at 1") == 2
