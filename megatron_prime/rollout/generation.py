@@ -4,8 +4,8 @@ Each server has a bounded number of prompts in flight and takes the next one fro
 whenever one is done, so a server with short answers takes more of them. All samples of a prompt are
 asked of one server, which computes the prompt once. A watch runs beside it: it ends the pass when
 the process is gone or shows no sign of life, and aborts what is in flight once enough prompts have
-passed the filter. Nothing is decided here about other servers, and nothing is sent again: what
-remains unanswered goes into the next pass, `sglang_engine.py`.
+passed the filter. Nothing is decided here about other servers: what remains unanswered goes into
+the next pass, `sglang_engine.py`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import queue
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from torch.distributed.distributed_c10d import Store
 
@@ -159,6 +160,7 @@ class SglangEngine:
             yield group
         report = running.result()
         if report.problem is not None:  # it starts while the others go on
+            report.problem = self._with_log(report.problem)  # before the new process writes there
             self._group.restart()
         return report
 
@@ -205,7 +207,9 @@ class SglangEngine:
                 calling.result(self._knobs.sync_timeout_s)
             except (SglangError, TimeoutError) as error:  # dead, hung, or at odds with itself
                 problem = Problem(f"it did not end the update: {error}", restart=True)
-        return self._worst(self._group.gathered(problem))
+        if problem is not None:
+            problem = replace(problem, text=self._with_log(problem.text))
+        return self._worst(self._group.gathered(problem if member.leads else None))
 
     def _is_loading(self, calling: Future[None] | None) -> bool:
         """Whether this rank's engine may still take weights: it lives, and has not refused them."""
@@ -235,9 +239,8 @@ class SglangEngine:
     def _report(self, problems: dict[int, Problem]) -> None:
         """Tell what went wrong; TooManyRestarts if it went wrong too often."""
         self._failures.update(problems.keys())
-        logs = self._group.gathered(self._group.log_tail())
         told = "\n".join(
-            f"SGLang server {server}: {problem.text}\n{logs[server * self._group.member.tp]}"
+            f"SGLang server {server}: {problem.text}"
             for server, problem in sorted(problems.items())
         )
         if max(self._failures.values()) > self._knobs.max_restarts:
@@ -247,6 +250,9 @@ class SglangEngine:
             )
         if self._group.member.rank == 0:
             print(told, flush=True)
+
+    def _with_log(self, problem: str) -> str:
+        return f"{problem}\n{self._group.log_tail()}"
 
     def _leads_one_of(self, servers: set[int]) -> int:
         """1 on one rank of each of the servers, 0 elsewhere."""

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from megatron_prime.weights.fp8_blocks import Stretches
+from megatron_prime.protocols import WeightSource
 from megatron_prime.weights.handover import Handover, HandoverError
 from megatron_prime.weights.reshard import Reshard
 
@@ -53,7 +53,7 @@ class WeightSync:
         return pickle.dumps([(request, torch.zeros(1))])
 
     def run(
-        self, source: Stretches, servers: Collection[int], alive: Callable[[], bool]
+        self, source: WeightSource, servers: Collection[int], alive: Callable[[], bool]
     ) -> Problem | None:
         """Take part in the rounds; collective. `servers`: which ones are loaded.
 

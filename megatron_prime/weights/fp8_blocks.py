@@ -10,25 +10,15 @@ agree on the block's largest value; so the result never depends on the layout of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prime.protocols import WeightSource
 from megatron_prime.weights.placement import BLOCK, Region, blocks, whole
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-
-
-class Stretches(Protocol):
-    """Where a rank finds what it holds."""
-
-    def stretch(self, hf: str) -> Tensor:
-        """This rank's part of a Hugging Face tensor, as `TrainingLayout.region` says."""
-
-    def forget(self) -> None:
-        """Let go of copies of parameters, which change with the next update."""
 
 
 class BlockScales:
@@ -41,7 +31,7 @@ class BlockScales:
     @classmethod
     def of(
         cls,
-        source: Stretches,
+        source: WeightSource,
         regions: Mapping[str, Region],
         sizes: Mapping[str, tuple[int, ...]],
         group: dist.ProcessGroup | None,

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prime.protocols import WeightSource
 from megatron_prime.weights.checksum import checksum
-from megatron_prime.weights.fp8_blocks import BlockScales, Stretches, round_to_fp8
+from megatron_prime.weights.fp8_blocks import BlockScales, round_to_fp8
 from megatron_prime.weights.handover import HandoverLayout, Placed
 from megatron_prime.weights.names import entries, hf_shapes
 from megatron_prime.weights.placement import Form, Region, relative, slices
@@ -63,7 +64,7 @@ class Reshard:
             timeout_s=timeout_s,
         )
 
-    def begin(self, source: Stretches) -> None:
+    def begin(self, source: WeightSource) -> None:
         """Look at what is to be sent; RuntimeError if it is not what the plan was made for."""
         source.forget()
         if not self._checked:
@@ -79,7 +80,7 @@ class Reshard:
             regions = {hf: region for hf, region in self._regions.items() if hf in rounded}
             self._scales = BlockScales.of(source, regions, hf_shapes(shape), self.tp_group)
 
-    def _check(self, source: Stretches) -> None:
+    def _check(self, source: WeightSource) -> None:
         for hf, region in self._regions.items():
             found, wanted = source.stretch(hf).shape, [stop - start for start, stop in region]
             if list(found) != wanted:
@@ -91,7 +92,7 @@ class Reshard:
         self._checked = True
 
     def round(
-        self, round_: int, source: Stretches, buffer: Tensor, receivers: Collection[int]
+        self, round_: int, source: WeightSource, buffer: Tensor, receivers: Collection[int]
     ) -> list[int]:
         """Move one round into `buffer` (uint8, on the device) of each of the `receivers`.
 
@@ -122,7 +123,7 @@ class Reshard:
         source.forget()
         return _checksums(mine, buffer)
 
-    def _pack(self, message: Message, source: Stretches, room: Tensor) -> None:
+    def _pack(self, message: Message, source: WeightSource, room: Tensor) -> None:
         """Write the pieces and their checksums into `room`."""
         sums = []
         for piece, offset in zip(message.pieces, message.offsets, strict=False):
@@ -133,7 +134,7 @@ class Reshard:
         trailer = room[start : start + len(sums) * CHECKSUM_BYTES]
         trailer.copy_(torch.stack(sums).view(torch.uint8))
 
-    def _values(self, piece: Piece, source: Stretches) -> Tensor:
+    def _values(self, piece: Piece, source: WeightSource) -> Tensor:
         if piece.form is Form.SCALES:
             assert self._scales is not None, "begin() takes the scales of a plan with FP8"
             return self._scales.grid(piece.hf)[slices(piece.region)]
