@@ -259,6 +259,41 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay on disk; 0 keeps all."""
 
 
+class MemorySection(Section):
+    """What lies on a device in which phase; see docs/scheduler.md."""
+
+    offload: Literal["auto", "never", "always"] = "auto"
+    """What leaves the device while it is not needed: as little as makes the run fit (`auto`),
+    nothing, or all of it."""
+    device_gib: PositiveFloat | None = None
+    """Memory of one rank's device to plan with; not set: all that the GPU has, no limit on a
+    CPU."""
+    reserve_gib: NonNegativeFloat = 6.0
+    """What of it the plan leaves alone: CUDA contexts, NCCL, CUDA graphs, fragmentation. On a
+    CPU, nothing."""
+    start_anyway: bool = False
+    """Start a run that the plan says can't fit."""
+
+
+class DeadlineSection(Section):
+    """Longest time of each phase; then all ranks' stacks are written down and the job ends."""
+
+    generate_s: PositiveFloat = 7200.0
+    """Of generation and verification, all rounds of a step."""
+    score_s: PositiveFloat = 3600.0
+    """Of scoring."""
+    update_prm_s: PositiveFloat = 3600.0
+    """Of the PRM's update."""
+    update_policy_s: PositiveFloat = 3600.0
+    """Of the policy's update."""
+    sync_weights_s: PositiveFloat = 3600.0
+    """Of a weight sync, restarts of servers included."""
+    evaluate_s: PositiveFloat = 14400.0
+    """Of an evaluation."""
+    checkpoint_s: PositiveFloat = 3600.0
+    """Of saving a checkpoint."""
+
+
 class DebugSection(Section):
     """Looking for what went wrong."""
 
@@ -291,6 +326,8 @@ class RunConfig(Section):
     sft: SftSection = SftSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    memory: MemorySection = MemorySection()
+    deadline: DeadlineSection = DeadlineSection()
     debug: DebugSection = DebugSection()
     megatron: dict[str, Any] = Field(default={})
     """Options of Megatron's TransformerConfig (tensor_model_parallel_size …), passed untouched."""

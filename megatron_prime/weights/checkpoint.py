@@ -53,6 +53,8 @@ FREE = (
     "verify.",
     "evaluate.",
     "checkpoint.",
+    "memory.",
+    "deadline.",
     "sft.",
     "debug.on_not_finite",
     "debug.save_rollouts",
