@@ -6,13 +6,11 @@ Only this file knows every package. A role is chosen here, by name, and nowhere 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prime import evaluation, figures, loop
@@ -23,27 +21,30 @@ from megatron_prime.config import (
     RunConfig,
 )
 from megatron_prime.data.chat import load_tokenizer
-from megatron_prime.data.prompts import PromptStream, load_prompts
-from megatron_prime.data.rows import DataError
+from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
+from megatron_prime.devices import scheduler_of
+from megatron_prime.inputs import eval_prompts, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
-from megatron_prime.protocols import Roles, RolloutEngine, Verifier
+from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.rollout.recorded import RecordedRollouts
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.provenance import write_provenance
 from megatron_prime.runtime.recorder import RunRecorder
-from megatron_prime.runtime.scheduler import ResidentScheduler
-from megatron_prime.types import LoopState, Prompt, VerifiedGroup
+from megatron_prime.runtime.scheduler import PhaseScheduler
+from megatron_prime.types import LoopState, VerifiedGroup
 from megatron_prime.validate import models_of
 from megatron_prime.verify.pool import VerifierPool
-from megatron_prime.verify.worker import SUPPORTED_ABILITIES
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
 from megatron_prime.weights.source import CheckpointWeights
+
+if TYPE_CHECKING:
+    from megatron_prime.rollout.sglang_engine import SglangEngine
 
 
 def train(config: RunConfig, launch: Launch) -> None:
@@ -57,9 +58,13 @@ def train(config: RunConfig, launch: Launch) -> None:
         if config.uses_prm:
             prm, reference = prm_of(config), reference_of(config)
             engines["prm"] = prm.engine
-        stream, engine, checker = rollout_roles(config, launch, tokenizer, ranks, verifier, stack)
+        stream = prompt_stream(config, tokenizer)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
+        gpus = scheduler_of(config, ranks, policy, prm, reference)
+        engine, checker = rollout_roles(
+            config, launch, tokenizer, ranks, stream, verifier, gpus, stack
+        )
         note_start(config, config.run.folder, ranks)  # not of a start that was refused
         recorder = stack.enter_context(
             RunRecorder(
@@ -71,6 +76,7 @@ def train(config: RunConfig, launch: Launch) -> None:
                 config.rollout.mismatch_alarm,
             )
         )
+        gpus.on_phase = recorder.phase
         roles = Roles(
             prompts=stream,
             engine=engine,
@@ -79,7 +85,7 @@ def train(config: RunConfig, launch: Launch) -> None:
             policy=policy,
             prm=prm,
             reference=reference,
-            gpus=ResidentScheduler(recorder.phase),
+            gpus=gpus,
             recorder=recorder,
             checkpoints=checkpoints,
             signals=launch.signals,
@@ -88,7 +94,8 @@ def train(config: RunConfig, launch: Launch) -> None:
         with launch.steps(agree=ranks.largest):
             loop.run(config, roles, state)
         exported = config.run.folder / "hf"
-        export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
+        with gpus.phase(Phase.CHECKPOINT):
+            export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
         if ranks.rank == 0:
             from megatron_prime.report.curves import draw_curves  # only here: matplotlib is slow
 
@@ -188,16 +195,19 @@ def rollout_roles(
     launch: Launch,
     tokenizer: Any,
     ranks: WorldRanks,
+    stream: PromptStream | RecordedRollouts,
     verifier: Verifier,
+    gpus: PhaseScheduler,
     stack: ExitStack,
-) -> tuple[PromptStream | RecordedRollouts, RolloutEngine, Verifier]:
-    """Prompts, engine and verifier: live, or all three played back from `debug.rollouts_from`."""
-    if config.debug.rollouts_from is not None:
-        recorded = RecordedRollouts(config.debug.rollouts_from, ranks.rank, ranks.world_size)
-        return recorded, recorded, recorded
-    prompts = prompts_of(config, config.data.train, tokenizer)
-    engine = rollout_engine(config, config.parallel, launch, tokenizer, ranks, stack)
-    return PromptStream(prompts, config.run.seed), engine, verifier
+) -> tuple[RolloutEngine, Verifier]:
+    """Engine and verifier: live, or both played back by the stream."""
+    if isinstance(stream, RecordedRollouts):
+        return stream, stream
+    engine = rollout_engine(
+        config, config.parallel, launch, tokenizer, ranks, stack, gpus.moves_memory
+    )
+    gpus.add(engine.buffers(gpus.planned))
+    return engine, verifier
 
 
 def rollout_engine(
@@ -207,14 +217,20 @@ def rollout_engine(
     tokenizer: Any,
     ranks: WorldRanks,
     stack: ExitStack,
-) -> RolloutEngine:
-    """The engine of this rank; `sizes`: how the source of its weights is split over the ranks."""
+    gives_memory: bool = False,
+) -> LocalEngine | SglangEngine:
+    """The engine of this rank; `sizes`: how the source of its weights is split over the ranks.
+
+    `gives_memory`: between its uses a scheduler takes its memory.
+    """
     if config.rollout.engine == "sglang":
         from megatron_prime.rollout.sglang_setup import sglang_engine  # aiohttp is not for all runs
 
         tp_group = parallel_state.get_tensor_model_parallel_group()
         near = launch.here.local_world_size
-        engine = sglang_engine(config, sizes, tokenizer, ranks.device, near, launch.store, tp_group)
+        engine = sglang_engine(
+            config, sizes, tokenizer, ranks.device, near, launch.store, tp_group, gives_memory
+        )
         stack.callback(engine.close)
         return engine
     return LocalEngine(
@@ -226,33 +242,6 @@ def rollout_engine(
         tokenizer,
         ranks.device,
     )
-
-
-def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
-    """The held-out prompts, as many as `evaluate.max_prompts` says; none without an engine."""
-    if config.data.eval is None or config.debug.rollouts_from is not None:
-        return ()
-    return prompts_of(config, config.data.eval, tokenizer)[: config.evaluate.max_prompts or None]
-
-
-def prompts_of(config: RunConfig, path: Path, tokenizer: Any) -> tuple[Prompt, ...]:
-    """The prompts of a file, which all must have a checker; says how many were too long."""
-    data = config.data
-    found = load_prompts(path, tokenizer, data.template, data.max_prompt_length)
-    unchecked = Counter(p.ability for p in found.prompts if p.ability not in SUPPORTED_ABILITIES)
-    if unchecked:
-        raise DataError(
-            f"{path}: found {dict(unchecked)} prompts without a verifier, wanted only "
-            f"{', '.join(SUPPORTED_ABILITIES)}; leave the others out of the file"
-        )
-    report_dropped(path, len(found.prompts), found.dropped_long, "data.max_prompt_length")
-    return found.prompts
-
-
-def report_dropped(path: Path, kept: int, dropped: int, knob: str) -> None:
-    """Say on rank 0 that rows were left out for their length."""
-    if dropped and dist.get_rank() == 0:
-        print(f"{path}: {kept} rows, {dropped} more dropped as longer than {knob}", flush=True)
 
 
 def record(group: VerifiedGroup) -> dict[str, Any]:

@@ -29,6 +29,7 @@ OWNED = {  # options of SGLang's servers that are not for `[sglang]`, and who ha
     "admin_api_key": "the engine, which makes one for each run",
     "load_format": "the engine, which sends the weights",
     "custom_weight_loader": "the engine, which sends the weights",
+    "enable_memory_saver": "memory.offload",
     "skip_tokenizer_init": "the engine, which speaks in token ids",
 }
 UNFIT = {  # and what the engine can't work with

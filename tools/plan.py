@@ -26,7 +26,7 @@ from megatron_prime.config_file import load
 from megatron_prime.planner.advice import advise
 from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.report import as_json, as_table
-from megatron_prime.planner.residency import OFFLOADED, RESIDENT
+from megatron_prime.planner.residency import NEEDED, RESIDENT
 from megatron_prime.validate import check
 
 
@@ -76,7 +76,7 @@ def print_memory(config: RunConfig, ranks: int, options: argparse.Namespace) -> 
     machine = Machine(
         round(options.device_gib * GIB), round(options.reserve_gib * GIB), not options.cpu
     )
-    table = OFFLOADED if options.offload else RESIDENT
+    table = NEEDED if options.offload else RESIDENT
     plan = make_plan(config, ranks, machine, table)
     advice = [] if plan.fits else advise(config, ranks, machine, table)
     print(json.dumps(as_json(plan, advice)) if options.json else as_table(plan, advice))

@@ -95,6 +95,24 @@ class TrainableEngine(Engine):
             wd_incr_style="constant",
         )
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """torch's optimizers, inside Megatron's."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part.optimizer for part in parts]
+
+    def remake_weights(self) -> None:
+        """Fill 16-bit weights from the masters as an optimizer step does, bit for bit; collective.
+
+        Their content of before is not looked at.
+        """
+        with megatron_calls():
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                part._copy_main_params_to_model_params()
+            for chunk in self.chunks:
+                if chunk.ddp_config.use_distributed_optimizer:  # each rank has made its shard
+                    chunk.start_param_sync(force_sync=True)
+
     def next_rate(self) -> float:
         """Move the schedule on by one step and return the learning rate from now on."""
         self.schedule.step(increment=1)

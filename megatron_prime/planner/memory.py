@@ -22,7 +22,9 @@ from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfi
 from megatron_prime.planner.activations import ActivationBytes, Computation, activations
 from megatron_prime.planner.counts import Parameter, chunks, engine_count
 from megatron_prime.planner.residency import (
+    NEEDED,
     PHASES,
+    RESIDENT,
     SCORE,
     UPDATE_POLICY,
     UPDATE_PRM,
@@ -285,9 +287,9 @@ class _Planner:
         buffers = 2 * min(int(rollout.sync_bucket_mib * 2**20), weights)
         tokens = sglang.get("max_total_tokens")
         if tokens is None:
-            beside = self.table["generate"]
-            others = sum(n for name, n in trainer.items() if name in beside)
-            others += buffers if "sync.buffers" in beside else 0
+            # Servers start beside what `never` leaves there, else on an empty device.
+            beside = (RESIDENT if self.table is RESIDENT else NEEDED)["generate"]
+            others = buffers + sum(n for name, n in trainer.items() if name in beside)
             fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
             usable = self.machine.device_bytes - self.machine.reserve_bytes - others
             tokens = max(self.longest, int(fraction * usable - weights) // per_token)

@@ -1,18 +1,19 @@
-"""Which buffers lie on the device in which phase: a table, and nothing else.
+"""Which buffers lie on the device in which phase: tables, and nothing else.
 
-A buffer is named after its owner and its kind: `policy.masters`, `engine.kv_cache`. Two variants:
-`RESIDENT`, where everything stays where it is (what runs do today), and `OFFLOADED`, where a phase
-finds only what it works with. There, gradients and key/value cache hold nothing between phases and
-are freed; bf16 weights of a sleeping model are dropped, for its masters can make them again; what
-can't be made again (`KEPT`) goes to host memory. The engine gets its weights at each sync and keeps
-them until it has generated.
+A buffer is named after its owner and its kind: `policy.masters`, `engine.kv_cache`. `RESIDENT`:
+everything stays where it is. `NEEDED`: a phase finds only what it works with. There, gradients and
+key/value cache hold nothing between phases and are freed; 16-bit weights of a sleeping model are
+dropped, for its masters can make them again; what can't be made again (`KEPT`) goes to host memory.
+The engine gets its weights at each sync and keeps them until it has generated. Between the two,
+`choose` lets go of as little as makes everything fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 Buffers = frozenset[str]
+Table = Mapping[str, Buffers]  # by phase
 
 GENERATE, SCORE, UPDATE_PRM, UPDATE_POLICY, SYNC_WEIGHTS, EVALUATE, CHECKPOINT = PHASES = (
     "generate",  # the names of protocols.Phase, which can't be imported without torch
@@ -23,6 +24,17 @@ GENERATE, SCORE, UPDATE_PRM, UPDATE_POLICY, SYNC_WEIGHTS, EVALUATE, CHECKPOINT =
     "evaluate",
     "checkpoint",
 )
+START = "start"  # before the first phase
+MOVES: Mapping[str, frozenset[str]] = {  # what may follow what
+    START: frozenset({SYNC_WEIGHTS, GENERATE, EVALUATE}),
+    GENERATE: frozenset({SCORE, UPDATE_POLICY}),
+    SCORE: frozenset({UPDATE_PRM, UPDATE_POLICY}),
+    UPDATE_PRM: frozenset({UPDATE_POLICY}),
+    UPDATE_POLICY: frozenset({SYNC_WEIGHTS, GENERATE, EVALUATE, CHECKPOINT}),
+    SYNC_WEIGHTS: frozenset({GENERATE, EVALUATE, CHECKPOINT}),
+    EVALUATE: frozenset({GENERATE, CHECKPOINT}),
+    CHECKPOINT: frozenset({GENERATE, CHECKPOINT}),
+}
 STATES = ("weights", "fp8_copies", "gradients", "masters", "moments")
 
 
@@ -32,19 +44,28 @@ def _of(owner: str, *kinds: str) -> Buffers:
 
 POLICY, PRM = _of("policy", *STATES), _of("prm", *STATES)
 REFERENCE = _of("reference", "weights", "fp8_copies")
-ENGINE = _of("engine", "weights", "kv_cache")
+ENGINE = _of("engine", "weights", "kv_cache", "cuda_graphs")
 SYNC = _of("sync", "buffers")
 ALL = POLICY | PRM | REFERENCE | ENGINE | SYNC
 
-RESIDENT: Mapping[str, Buffers] = dict.fromkeys(PHASES, ALL)
-OFFLOADED: Mapping[str, Buffers] = {
-    GENERATE: ENGINE,
-    SCORE: _of("policy", "weights", "fp8_copies") | REFERENCE,
+RESIDENT: Table = dict.fromkeys(PHASES, ALL)
+NEEDED: Table = {
+    GENERATE: ENGINE | SYNC,
+    SCORE: _of("policy", "weights", "fp8_copies") | REFERENCE | SYNC,
+    UPDATE_PRM: PRM | SYNC,
+    UPDATE_POLICY: POLICY | SYNC,
+    SYNC_WEIGHTS: _of("policy", "weights") | _of("engine", "weights") | SYNC,
+    EVALUATE: ENGINE | SYNC,
+    # Masters and moments are saved from the host; nobody could give the engine its weights back.
+    CHECKPOINT: _of("policy", "weights") | _of("prm", "weights") | _of("engine", "weights") | SYNC,
+}
+WRITTEN: Table = {  # what a phase changes; elsewhere a copy on the host stays good
     UPDATE_PRM: PRM,
     UPDATE_POLICY: POLICY,
-    SYNC_WEIGHTS: _of("policy", "weights") | _of("engine", "weights") | SYNC,
-    EVALUATE: ENGINE,
-    CHECKPOINT: _of("policy", "weights") | _of("prm", "weights"),
+}
+MADE_FROM: Mapping[str, str] = {
+    "policy.weights": "policy.masters",
+    "prm.weights": "prm.masters",
 }
 
 KEPT: Buffers = _of("policy", "masters", "moments") | _of("prm", "masters", "moments") | REFERENCE
@@ -54,7 +75,74 @@ WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are its ma
 }
 
 
-def on_host(phase: str, table: Mapping[str, Buffers], fp32_models: frozenset[str]) -> Buffers:
+def on_host(phase: str, table: Table, fp32_models: frozenset[str]) -> Buffers:
     """What host memory holds in a phase, because it is neither on the device nor made again."""
     kept = KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in fp32_models))
     return kept - table[phase]
+
+
+# What goes first when not everything fits: what costs nothing to bring back, then what is copied
+# one way, then what is copied both ways. Who leaves takes nobody along: weights are made from
+# masters that stay, as long as those do.
+CHEAPEST_FIRST = (
+    "policy.gradients",
+    "prm.gradients",
+    "engine.kv_cache",
+    "engine.cuda_graphs",
+    "engine.weights",
+    "policy.fp8_copies",
+    "prm.fp8_copies",
+    "reference.fp8_copies",
+    "prm.weights",
+    "policy.weights",
+    "reference.weights",
+    "prm.moments",
+    "policy.moments",
+    "prm.masters",
+    "policy.masters",
+)
+
+
+def choose(kept: Mapping[str, int], work: Mapping[str, int], budget: int) -> Table:
+    """The table that lets go of as little as fits; NEEDED if nothing does.
+
+    `kept`: bytes of each buffer; `work`: what each phase needs beside those that lie there;
+    `budget`: bytes of the device, without the reserve.
+    """
+    leaving: list[str] = []
+    for name in CHEAPEST_FIRST:
+        if _fits(_without(leaving), kept, work, budget):
+            break
+        leaving.append(name)
+    for name in reversed(leaving):  # the dearest first: a later one may have made room for all
+        others = [other for other in leaving if other != name]
+        if _fits(_without(others), kept, work, budget):
+            leaving = others
+    return _without(leaving)
+
+
+def _without(leaving: Iterable[str]) -> Table:
+    """Everything resident but `leaving`, which are there only when they are needed."""
+    stays = ALL - frozenset(leaving)
+    return {phase: stays | NEEDED[phase] for phase in PHASES}
+
+
+def _fits(table: Table, kept: Mapping[str, int], work: Mapping[str, int], budget: int) -> bool:
+    return all(
+        sum(n for name, n in kept.items() if name in row)
+        + max(work.get(phase, 0), borrowed(row, kept))
+        <= budget
+        for phase, row in table.items()
+    )
+
+
+def borrowed(row: Buffers, kept: Mapping[str, int]) -> int:
+    """Bytes of masters that are there for a moment only, to make weights from."""
+    return max(
+        (
+            kept.get(masters, 0)
+            for weights, masters in MADE_FROM.items()
+            if weights in row and masters not in row
+        ),
+        default=0,
+    )

@@ -8,7 +8,7 @@ the checkpoint's files. So what samples is what trains, and a rollout says which
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_prime.config import ConfigError
 from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.decoding import Request, decode
+from megatron_prime.runtime.memory import Buffer, Pieces, Remade
 from megatron_prime.types import Group, Metrics, Prompt, Rollout, Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,6 +102,14 @@ class LocalEngine:
                 "policy must yield every tensor of model.hf's architecture"
             )
         self.version = version
+
+    def buffers(self, planned: Mapping[str, int]) -> list[Buffer]:
+        """The weights; they come with the next `load_weights`, so that they may be forgotten."""
+        weights = Pieces(Remade, self.model.parameters)
+        return [Buffer("engine.weights", weights, left=self._forget)]
+
+    def _forget(self) -> None:
+        self.version = -1
 
     def take_metrics(self) -> Metrics:
         """None: nothing happens here that a run would have to be told."""

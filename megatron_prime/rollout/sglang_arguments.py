@@ -61,6 +61,7 @@ class ServerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)  # the user's `[sglang]`
     start_timeout_s: float = 900.0
     weight_loader: str | None = None  # import path of a `--custom-weight-loader`
+    gives_memory: bool = False  # its device memory can be released while it is not needed
 
     def __post_init__(self) -> None:
         """Refuse what would make a server that the engine can't work with."""
@@ -88,6 +89,7 @@ def server_arguments(spec: ServerSpec, port: int, nccl_port: int) -> dict[str, A
         "api_key": spec.api_key,
         "load_format": "dummy",
         "skip_tokenizer_init": True,
+        "enable_memory_saver": spec.gives_memory and spec.devices is not None,  # wants libcuda
     }
     if spec.weight_loader is not None:
         owned["custom_weight_loader"] = [spec.weight_loader]

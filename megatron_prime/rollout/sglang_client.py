@@ -170,6 +170,10 @@ class SglangClient:
         """Forget all prefixes. Raises ServerRefused while there are requests."""
         await self._call("POST", "/flush_cache", {}, timeout_s)
 
+    async def occupy(self, verb: str, tags: Sequence[str], timeout_s: float) -> None:
+        """`release` the device memory of `tags`, or `resume` it. The server must be idle."""
+        await self._call("POST", f"/{verb}_memory_occupation", {"tags": list(tags)}, timeout_s)
+
     async def server_info(self, timeout_s: float = CONTROL_S) -> dict[str, Any]:
         """What the server was started with, and the state of its scheduler; without the key."""
         info = await self._call("GET", "/server_info", None, timeout_s)

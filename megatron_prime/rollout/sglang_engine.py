@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import queue
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -26,9 +26,11 @@ from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.engine_group import EngineGroup
 from megatron_prime.rollout.generation import Limits, Partial, Pass, PassRunner
 from megatron_prime.rollout.local_engine import Tokenizer
+from megatron_prime.rollout.server_memory import ServerMemory, server_buffers
 from megatron_prime.rollout.sglang_answers import SglangError
 from megatron_prime.rollout.sglang_server import ServerNotStarted
 from megatron_prime.rollout.weight_sync import LOADER, Problem, WeightSync
+from megatron_prime.runtime.memory import Buffer
 from megatron_prime.types import Group, Metrics, Prompt, Sampling
 
 
@@ -59,12 +61,15 @@ class SglangEngine:
         self._failures: Counter[int] = Counter()  # by server, since the last `take_metrics`
         self._partials: dict[int, tuple[Partial, ...]] = {}
         self._metrics: Metrics = {}
+        self.memory = ServerMemory(group, self._await_servers, self._lost, knobs.hang_timeout_s)
+
+    def buffers(self, planned: Mapping[str, int]) -> list[Buffer]:
+        """What the servers hold of this rank's device; `planned`: bytes, by the buffers' names."""
+        return server_buffers(self.memory, planned, self._forget)
 
     def load_weights(self, weights: WeightSource, version: int) -> None:
         """Bring all servers to `version`. Raises ServerNotStarted, TooManyRestarts."""
-        if not self._ready and (problems := self._group.wait_ready()):
-            raise ServerNotStarted("\n".join(problems.values()))
-        self._ready = True
+        self._await_servers()
         self.version, self._weights = version, weights
         self._load(set(range(self._group.member.servers)))
 
@@ -225,16 +230,34 @@ class SglangEngine:
                 found[server] = problem
         return found
 
+    def _await_servers(self) -> None:
+        """Return when all are up for the first time. Raises ServerNotStarted."""
+        if not self._ready and (problems := self._group.wait_ready()):
+            raise ServerNotStarted("\n".join(problems.values()))
+        self._ready = True
+
+    def _forget(self) -> None:
+        """The servers' weights are gone; nothing is sampled before the next `load_weights`."""
+        self.version = -1
+
+    def _lost(self, problems: dict[int, Problem]) -> None:
+        """Servers died between two uses: new ones have no weights."""
+        self._forget()
+        self._make_anew(problems)
+
     def _make_anew(self, problems: dict[int, Problem]) -> None:
         """Restart the servers that need it, as often as a step may have that."""
+        restarted: set[int] = set()
         while problems:
             self._report(problems)
             dead = {server for server, problem in problems.items() if problem.restart}
             self._count("rollout/server_restarts", self._leads_one_of(dead))
             if self._leads_one_of(dead):
                 self._group.restart()
+            restarted |= dead
             not_up = self._group.wait_ready() if dead else {}
             problems = {server: Problem(what, restart=True) for server, what in not_up.items()}
+        self.memory.restarted(restarted)
 
     def _report(self, problems: dict[int, Problem]) -> None:
         """Tell what went wrong; TooManyRestarts if it went wrong too often."""

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ def sglang_engine(
     local_ranks: int,
     store: Store | None,
     tp_group: dist.ProcessGroup | None,
+    gives_memory: bool = False,
 ) -> SglangEngine:
     """Start this rank's server, without waiting for it, and plan how it gets its weights.
 
     `sizes`: how the source of the weights is split; `tp_group`: its tensor-parallel ranks.
-    `store`: where the ranks met, None for one process. Raises ConfigError for what SGLang can't do.
+    `store`: where the ranks met, None for one process. `gives_memory`: whether the servers must be
+    able to release theirs. Raises ConfigError for what SGLang can't do.
     """
     knobs = config.rollout
     member = Membership(dist.get_rank(), dist.get_world_size(), knobs.tensor_parallel_size)
@@ -56,7 +59,8 @@ def sglang_engine(
     objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     _agree(plan, local_ranks, objects)
     name = _name_of(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    group = EngineGroup(member, _spec(config, member, objects), name, objects)
+    spec = replace(_spec(config, member, objects), gives_memory=gives_memory)
+    group = EngineGroup(member, spec, name, objects)
     dtype = DTYPES[config.precision.policy.dtype]
     reshard = Reshard(plan, member.rank, dtype, tp_group)
     return SglangEngine(

@@ -1,8 +1,10 @@
-"""Phases for machines where everything fits: nothing moves, time is measured.
+"""The same devices, in turn, for generation, scoring, training and saving.
 
-A step walks through phases one after the other (generate, score, update …). The scheduler is the
-place that knows which phase is on; here policy, PRM, reference and rollout model all stay where
-they are, so a phase is only a name and a stopwatch.
+A step walks through phases, in an order that `planner/residency.py` writes down as a table of legal
+moves. Another table there says which buffers lie on the device in each phase. Between two phases
+the scheduler moves exactly the difference (`mover.py`), asserts that everything is where it should
+be (`ledger.py`), and measures. With a table that keeps everything resident nothing moves, and a
+phase is a name and a stopwatch.
 """
 
 from __future__ import annotations
@@ -10,56 +12,155 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+from megatron_prime.errors import RunError
+from megatron_prime.planner.residency import ALL, MOVES, START, WRITTEN
 from megatron_prime.protocols import Phase
+from megatron_prime.runtime.ledger import GIB, Ledger, Limits
+from megatron_prime.runtime.memory import Buffer
+from megatron_prime.runtime.mover import BudgetExceeded, Moved, Mover
 from megatron_prime.types import Metrics
 
+_CPU_IS_FULL = "can't allocate memory"  # of the RuntimeError that torch's CPU allocator raises
 
-class ResidentScheduler:
-    """Measures each phase; all buffers are resident all the time."""
 
-    def __init__(self, on_phase: Callable[[Phase], None]) -> None:
-        """`on_phase` is told which phase begins, before it does."""
-        self._on_phase = on_phase
+class IllegalMove(RuntimeError):
+    """A phase that must not follow the one before."""
+
+
+class DeviceFull(RunError, MemoryError):
+    """Out of memory; the message says who holds what, and which knob would help."""
+
+
+class PhaseScheduler:
+    """Owns what lies on this rank's device; all ranks walk through the same phases."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        """With nothing on the device yet."""
+        self.on_phase: Callable[[Phase], None] = lambda phase: None  # told before anything moves
+        self._limits = limits
+        self._mover = Mover(limits.budget, device)
+        self._ledger = Ledger(limits, self._mover.buffers)
         self._current: Phase | None = None
-        self._seconds: dict[Phase, float] = {}
+        self._last = START
+        self._seconds: dict[str, float] = {}
+        self._memory: Metrics = {}
+        self._taken = Moved()
+
+    def add(self, buffers: Iterable[Buffer]) -> None:
+        """Take over buffers that lie on the device now."""
+        for buffer in buffers:
+            self._mover.add(buffer)
+
+    @property
+    def moves_memory(self) -> bool:
+        """Whether any buffer ever has to leave."""
+        return any(not row >= ALL for row in self._limits.table.values())
+
+    @property
+    def planned(self) -> Mapping[str, int]:
+        """Bytes of each buffer by plan; empty without one."""
+        return self._limits.planned
+
+    def make_room(self, phase: Phase) -> None:
+        """Before the first phase: let what was added so far lie as `phase` wants it."""
+        self._arrange(phase.value)
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Count the wall time of the block for `phase`, work queued on the GPU included.
+        """Have the phase's buffers on the device, and count the wall time of the block.
 
-        Raises RuntimeError if another phase is on: the devices serve one at a time.
+        Raises IllegalMove, BudgetExceeded when its buffers have no room, DeviceFull when a block
+        or a move runs out of memory, LedgerError when a buffer is not where it should be.
         """
+        self._check_move(phase)
+        self.on_phase(phase)
+        self._current = phase
+        try:
+            with self._full_is_told(phase.value):
+                with self._counted("switch"):
+                    self._arrange(phase.value)
+                with self._counted(phase.value):
+                    yield
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
+        finally:
+            self._mover.written(WRITTEN.get(phase.value, frozenset()))
+            self._current, self._last = None, phase.value
+
+    def take_seconds(self) -> Metrics:
+        """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves."""
+        taken, self._seconds = self._seconds, {}
+        return {f"time/{name}_s": seconds for name, seconds in taken.items()}
+
+    def peak_memory(self) -> Metrics:
+        """In GiB: the most that this process has held so far, on the host and on a GPU; what all
+        buffers held on the device in each phase, and what was moved, since the last call."""
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        figures, self._memory = self._memory, {}
+        figures["memory/host_peak_gib"] = host / GIB
+        if torch.cuda.is_initialized():
+            figures["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            free, total = torch.cuda.mem_get_info()
+            figures["memory/device_used_gib"] = (total - free) / GIB  # all processes, NCCL, graphs
+        moved, before = self._mover.moved, self._taken
+        figures["memory/moved_to_host_gib"] = (moved.to_host - before.to_host) / GIB
+        figures["memory/moved_to_device_gib"] = (moved.to_device - before.to_device) / GIB
+        self._taken = Moved(moved.to_host, moved.to_device)
+        return figures
+
+    def _check_move(self, phase: Phase) -> None:
         if self._current is not None:
-            raise RuntimeError(
+            raise IllegalMove(
                 f"phase {phase.value} began inside phase {self._current.value}; a phase must end "
                 "before the next begins"
             )
-        self._on_phase(phase)
-        self._current, started = phase, time.perf_counter()
+        if phase.value not in MOVES[self._last]:
+            raise IllegalMove(
+                f"phase {phase.value} can't follow {self._last}: after that come only "
+                f"{', '.join(sorted(MOVES[self._last]))}"
+            )
+
+    def _arrange(self, name: str) -> None:
+        """Move the difference, then assert that it is so."""
+        row = self._limits.table[name]
+        self._mover.switch(row)
+        held = self._ledger.check(name, row)
+        self._memory[f"memory/{name}_device_gib"] = held / GIB
+        budget, work = self._limits.budget, self._limits.work.get(name, 0)
+        if budget is not None and held + work > budget:
+            raise BudgetExceeded(
+                f"it needs {work / GIB:.3f} GiB to work with, but its buffers hold "
+                f"{held / GIB:.3f} GiB of {budget / GIB:.3f} GiB"
+            )
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
         try:
             yield
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
         finally:
-            self._current = None
             elapsed = time.perf_counter() - started
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
 
-    def take_seconds(self) -> Metrics:
-        """`time/<phase>_s` of every phase that was on since the last call; starts again at 0."""
-        taken, self._seconds = self._seconds, {}
-        return {f"time/{phase.value}_s": seconds for phase, seconds in taken.items()}
-
-    def peak_memory(self) -> Metrics:
-        """Most that this process has held so far, in GiB: of host memory and, on a GPU, of its."""
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        figures = {"memory/host_peak_gib": host / 2**30}
-        if torch.cuda.is_initialized():
-            figures["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return figures
+    @contextmanager
+    def _full_is_told(self, name: str) -> Iterator[None]:
+        """Out of memory, on a GPU or on the host: with the table of who holds what."""
+        try:
+            yield
+        except BudgetExceeded as error:
+            raise BudgetExceeded(
+                f"{name} exceeds memory.device_gib less memory.reserve_gib: {error}\n"
+                f"{self._ledger.table(name)}"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not full and _CPU_IS_FULL not in str(error):
+                raise
+            line, table = str(error).partition("\n")[0], self._ledger.table(name)
+            raise DeviceFull(f"out of memory in {name}: {line}\n{table}") from error

@@ -53,10 +53,13 @@ def test_every_documented_figure_is_logged_and_every_figure_documented(job: Job,
     assert set(steps[0]) > {"evaluate/accuracy"}
     assert [step for step in steps if "evaluate/accuracy" in steps[step]] == [0, 3, 6]
     found = set[str]().union(*steps.values())
-    phases = {name for name in found if re.fullmatch(r"time/[a-z_]+_s", name)}
+    phases = {
+        name for name in found if re.fullmatch(r"time/[a-z_]+_s|memory/[a-z_]+_device_gib", name)
+    }
     names = {name for name in documented() if not (name.startswith("sft/") or seen_elsewhere(name))}
-    only_on_gpus = {"memory/device_peak_gib", "prm/fp8_logprob_error"}
-    assert found - phases == names - only_on_gpus - {"time/<phase>_s", "time/step_s"}
+    only_on_gpus = {"memory/device_peak_gib", "memory/device_used_gib", "prm/fp8_logprob_error"}
+    of_phases = {"time/<phase>_s", "time/step_s", "memory/<phase>_device_gib"}
+    assert found - phases == names - only_on_gpus - of_phases
     for step, record in steps.items():
         assert all(math.isfinite(value) for value in record.values()), (step, record)
 

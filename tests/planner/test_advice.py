@@ -8,7 +8,7 @@ from planned_runs import run_config
 
 from megatron_prime.planner.advice import advise
 from megatron_prime.planner.memory import Machine, make_plan
-from megatron_prime.planner.residency import OFFLOADED, RESIDENT
+from megatron_prime.planner.residency import NEEDED, RESIDENT
 
 
 def test_each_change_does_what_it_promises(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_where_activations_decide_recomputation_leads(tmp_path: Path) -> None:
     megatron = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
     packs = {"micro_batch_tokens": 65536, "mini_batch_size": 256}
     config = run_config(tmp_path, "Llama-3-8B", megatron=megatron, policy=packs, prm=packs)
-    changes = [advice.change for advice in advise(config, 8, Machine(), OFFLOADED)]
+    changes = [advice.change for advice in advise(config, 8, Machine(), NEEDED)]
     assert changes[0].startswith("megatron.recompute_granularity") or "micro_batch" in changes[0]
     assert "megatron.bias_activation_fusion = true" in changes
 

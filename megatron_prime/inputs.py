@@ -1,0 +1,50 @@
+"""From a run's configuration to its prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_prime.config import RunConfig
+from megatron_prime.data.prompts import PromptStream, load_prompts
+from megatron_prime.data.rows import DataError
+from megatron_prime.rollout.recorded import RecordedRollouts
+from megatron_prime.types import Prompt
+from megatron_prime.verify.worker import SUPPORTED_ABILITIES
+
+
+def prompt_stream(config: RunConfig, tokenizer: Any) -> PromptStream | RecordedRollouts:
+    """The training prompts, or the recorded groups of `debug.rollouts_from`."""
+    if config.debug.rollouts_from is not None:
+        return RecordedRollouts(config.debug.rollouts_from, dist.get_rank(), dist.get_world_size())
+    return PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
+
+
+def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The held-out prompts, as many as `evaluate.max_prompts` says; none without an engine."""
+    if config.data.eval is None or config.debug.rollouts_from is not None:
+        return ()
+    return prompts_of(config, config.data.eval, tokenizer)[: config.evaluate.max_prompts or None]
+
+
+def prompts_of(config: RunConfig, path: Path, tokenizer: Any) -> tuple[Prompt, ...]:
+    """The prompts of a file, which all must have a checker; says how many were too long."""
+    data = config.data
+    found = load_prompts(path, tokenizer, data.template, data.max_prompt_length)
+    unchecked = Counter(p.ability for p in found.prompts if p.ability not in SUPPORTED_ABILITIES)
+    if unchecked:
+        raise DataError(
+            f"{path}: found {dict(unchecked)} prompts without a verifier, wanted only "
+            f"{', '.join(SUPPORTED_ABILITIES)}; leave the others out of the file"
+        )
+    report_dropped(path, len(found.prompts), found.dropped_long, "data.max_prompt_length")
+    return found.prompts
+
+
+def report_dropped(path: Path, kept: int, dropped: int, knob: str) -> None:
+    """Say on rank 0 that rows were left out for their length."""
+    if dropped and dist.get_rank() == 0:
+        print(f"{path}: {kept} rows, {dropped} more dropped as longer than {knob}", flush=True)

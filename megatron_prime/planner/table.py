@@ -1,0 +1,40 @@
+"""From `[memory]` to the table of what lies on the device when."""
+
+from __future__ import annotations
+
+from megatron_prime.config import RunConfig
+from megatron_prime.planner.memory import WORK, Machine, MemoryPlan, make_plan
+from megatron_prime.planner.residency import NEEDED, RESIDENT, Table, choose
+
+
+def plan_of(
+    config: RunConfig, world_size: int, machine: Machine | None
+) -> tuple[Table, MemoryPlan]:
+    """The table that `memory.offload` asks for, and the plan with it, of one replica.
+
+    `machine`: None where nothing limits memory. Raises ConfigError as `make_plan` does.
+    """
+    unlimited = Machine(device_bytes=2**60, reserve_bytes=0, on_gpu=False)
+    limits = machine or unlimited
+    if config.memory.offload == "always":
+        table = NEEDED
+    elif config.memory.offload == "never" or machine is None:
+        table = RESIDENT
+    else:
+        least = make_plan(config, world_size, limits, NEEDED, replicas=1)
+        kept, work = at_most(least)
+        table = choose(kept, work, limits.device_bytes - limits.reserve_bytes)
+    return table, make_plan(config, world_size, limits, table, replicas=1)
+
+
+def at_most(plan: MemoryPlan) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each buffer, and of each phase's work, on the rank that has most of it.
+
+    So all ranks move the same buffers at the same moments.
+    """
+    kept = {name: max(rank.kept[name] for rank in plan.ranks) for name in plan.ranks[0].kept}
+    work = {
+        phase: max(rank.work.get(name, 0) for rank in plan.ranks for name in names)
+        for phase, names in WORK.items()
+    }
+    return kept, work
