@@ -19,6 +19,14 @@ LAYOUTS = {  # of four ranks; those that a replica leaves are data-parallel
 }
 OF_EIGHT = {"tp2-pp2-cp2": ParallelSizes(tp=2, pp=2, cp=2)}
 
+MOVING = {  # of residence_cases.py: type, and whether the optimizer is distributed
+    "tp2-pp1": ("bf16", False),
+    "tp1-pp2-cp2": ("fp32", False),
+    "tp1-pp2-vpp2": ("bf16", True),
+    "tp2-pp1-cp2": ("bf16", True),
+    "tp1-pp1": ("bf16", True),
+}
+
 
 def megatron_options(sizes: ParallelSizes) -> dict[str, Any]:
     """The `[megatron]` table of a layout."""
