@@ -31,9 +31,6 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
     if ticket not in _open:
         _open.clear()
         _open[ticket] = Handover.open(ticket, device)
-        with torch.no_grad():  # rows that no piece fills, such as a padded vocabulary's
-            for parameter in parameters.values():
-                parameter.zero_()
     handover = _open[ticket]
     try:
         if problem := _differences(parameters, handover):
@@ -47,6 +44,9 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
 @torch.no_grad()
 def _receive(parameters: dict[str, torch.nn.Parameter], handover: Handover, sync: int) -> bool:
     """Load round after round; False when the trainer has given up."""
+    # No piece fills a padded vocabulary's rows, and what was released comes back with anything.
+    for parameter in parameters.values():
+        parameter.zero_()
     number = 0
     for round_, pieces in enumerate(handover.layout.rounds):
         if not handover.wait_published(sync, round_):

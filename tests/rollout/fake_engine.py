@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ class Setting:
         """`folder` is the same on all ranks."""
         self.folder, self.tp = folder, tp
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+        mine = folder / "model" / f"config.{os.getpid()}"
+        mine.write_text(json.dumps(CONFIG))
+        mine.rename(folder / "model" / "config.json")  # whole, whoever else writes or reads it
         self.shape = ModelShape.from_hf(folder / "model", 1)
         self.knobs = RolloutSection(
             engine="sglang",

@@ -62,6 +62,7 @@ class Fake:
     prefixes: set = field(default_factory=set)
     aborted: set = field(default_factory=set)
     running: dict = field(default_factory=dict)  # rid: its tokens
+    away: set = field(default_factory=set)  # tags of memory that was released
     started: float = field(default_factory=time.monotonic)
 
     def hangs(self) -> bool:
@@ -162,6 +163,13 @@ class Weights:
         await asyncio.gather(*calls)
         self.digest = digest_of([dict(model.named_parameters()) for model in self.models])
 
+    def forget(self) -> None:
+        """Released memory comes back with anything in it."""
+        self.digest = "garbage"
+        for model in self.models:
+            for _, parameter in model.named_parameters():
+                parameter.data.fill_(-99.0)
+
     def spoil_checksums(self, dies: bool) -> None:
         """The next call of the first rank's `checksum` meets the fault."""
         module, right = self.modules[0], self.modules[0].checksum
@@ -219,6 +227,8 @@ def application(fake: Fake) -> web.Application:
     async def generate(request):
         body = await request.json()
         batch = not isinstance(body["rid"], str)
+        if fake.away:
+            os._exit(1)
         if batch:
             fake.arrived += 1
             record(fake.faults, [{"rid": rid, "version": fake.version} for rid in body["rid"]])
@@ -241,6 +251,8 @@ def application(fake: Fake) -> web.Application:
         body = await request.json()
         if len(body["serialized_named_tensors"]) != fake.options["tp_size"]:
             os._exit(1)
+        if "weights" in fake.away:
+            os._exit(1)
         while fake.running:  # as SGLang's writer lock does
             await asyncio.sleep(0.01)
         if fake.weights and body.get("load_format") in fake.options["custom_weight_loader"]:
@@ -256,6 +268,24 @@ def application(fake: Fake) -> web.Application:
         fake.prefixes.clear()
         return web.Response(text="Cache flushed.\n")
 
+    async def release(request):
+        tags = (await request.json())["tags"]
+        if fake.running:  # an assertion in SGLang's scheduler
+            os._exit(1)
+        record(fake.faults, [{"release": sorted(tags)}])
+        fake.away.update(tags)
+        if "weights" in tags and fake.weights:
+            fake.weights.forget()
+        return web.Response()
+
+    async def resume(request):
+        tags = (await request.json())["tags"]
+        record(fake.faults, [{"resume": sorted(tags)}])
+        if not fake.away.issuperset(tags):  # a KeyError there
+            os._exit(1)
+        fake.away.difference_update(tags)
+        return web.Response()
+
     async def info(request):
         return web.json_response(fake.options | {"internal_states": [{}]})
 
@@ -268,6 +298,8 @@ def application(fake: Fake) -> web.Application:
             web.post("/abort_request", abort),
             web.post("/update_weights_from_tensor", update),
             web.post("/flush_cache", flush),
+            web.post("/release_memory_occupation", release),
+            web.post("/resume_memory_occupation", resume),
             web.get("/server_info", info),
         ]
     )
