@@ -56,6 +56,12 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     shared = [role for role in roles if role not in of_prm_alone]
     yield from _model(config, "model.hf", config.model.hf, _longest(config), shared)
     yield from _file("data.train", config.data.train)
+    in_fp8 = [role for role in roles if config.precision.of(role).fp8_param]
+    if in_fp8 and config.memory.offload == "always":
+        yield (
+            f'memory.offload: found "always" with precision.{in_fp8[0]}.fp8_param, but weights '
+            'in FP8 alone can\'t leave the device; take "never", or remove fp8_param'
+        )
     if config.data.eval is not None:
         yield from _file("data.eval", config.data.eval)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")

@@ -192,6 +192,15 @@ IMPOSSIBLE = {
         "precision.prm.fp8_param",
         "found true without precision.prm.fp8",
     ),
+    "fp8 weights that should leave": (
+        {
+            "precision": {"policy": {"fp8": "hybrid", "fp8_param": True}},
+            "memory": {"offload": "always"},
+        },
+        None,
+        "memory.offload",
+        'found "always" with precision.policy.fp8_param',
+    ),
     "fp8 elsewhere": ({"megatron": {"fp8": "hybrid"}}, None, "megatron.fp8", "move it to .precis"),
     "size": ({"megatron": {TENSOR: "two"}}, 4, f"megatron.{TENSOR}", "found 'two', wanted a whole"),
     "zero": ({"megatron": {PIPELINE: 0}}, 4, f"megatron.{PIPELINE}", "found 0, wanted a whole"),

@@ -18,13 +18,19 @@ def plan_of(
     limits = machine or unlimited
     if config.memory.offload == "always":
         table = NEEDED
-    elif config.memory.offload == "never" or machine is None:
+    elif config.memory.offload == "never" or machine is None or keeps_fp8(config):
         table = RESIDENT
     else:
         least = make_plan(config, world_size, limits, NEEDED, replicas=1)
         kept, work = at_most(least)
         table = choose(kept, work, limits.device_bytes - limits.reserve_bytes)
     return table, make_plan(config, world_size, limits, table, replicas=1)
+
+
+def keeps_fp8(config: RunConfig) -> bool:
+    """Whether a model has its weights in FP8 alone, in storages that only its layers can move."""
+    models = ("policy", "prm", "reference") if config.uses_prm else ("policy",)
+    return any(getattr(config.precision, name).fp8_param for name in models)
 
 
 def at_most(plan: MemoryPlan) -> tuple[dict[str, int], dict[str, int]]:
