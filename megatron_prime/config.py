@@ -194,8 +194,10 @@ class PolicySection(BatchSection):
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; norms and biases are exempt."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Whose log-probs of the sampled tokens the update starts from: the `trainer`'s, taken before
-    the update, or the engine's, token by token, as they were sampled (`rollout`)."""
+    """Whose log-probs of the sampled tokens the update starts from: the `trainer`'s, of its weights
+    before the update (for the first mini-batch its training forward's, so that an update of a
+    single mini-batch needs no scoring), or the engine's, token by token, as they were sampled
+    (`rollout`)."""
     loss: PolicyLossOptions = PolicyLossOptions()
     """Options of the clipped policy loss."""
 
@@ -214,9 +216,9 @@ class PrmSection(BatchSection):
     forward: Literal["single", "single_strict", "double"] = "single"
     """Where rewards come from: `single`, the training forwards (released run); `single_strict`, one
     pass before the update; `double`, one pass after it."""
-    measure_after: bool = True
-    """Log the pair accuracy after the update too; costs one more forward pass unless
-    `forward = "double"`."""
+    measure_after: bool = False
+    """Log the pair accuracy after the update too: one more forward pass for a figure alone, or none
+    with `forward = "double"`, which shows it in any case."""
 
 
 class SftSection(BatchSection):

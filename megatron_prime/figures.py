@@ -14,6 +14,7 @@ from megatron_prime.algorithm.masked import masked_sum
 from megatron_prime.config import RunConfig
 from megatron_prime.types import (
     Metrics,
+    PolicyUpdate,
     ScoredBatch,
     TrainBatch,
     VerifiedGroup,
@@ -58,13 +59,12 @@ def of_prm(scored: ScoredBatch, before: Tensor, after: Tensor | None) -> Metrics
     }
 
 
-def of_batch(batch: TrainBatch, config: RunConfig) -> Metrics:
+def of_batch(batch: TrainBatch, update: PolicyUpdate, config: RunConfig) -> Metrics:
     """Returns, advantages, and how far the rollout engine is from the trainer's own policy."""
     gamma, alarm = config.advantage.gamma, config.rollout.mismatch_alarm
-    scored, rollouts = batch.scored, batch.scored.rollouts
-    mask = rollouts.response_mask
+    rollouts, mask = batch.scored.rollouts, batch.scored.rollouts.response_mask
     returns = metrics.return_metrics(batch.process_rewards, rollouts.outcome_rewards, mask, gamma)
-    mismatch = metrics.mismatch_kl(scored.old_logprobs, rollouts.rollout_logprobs, mask)
+    mismatch = metrics.mismatch_kl(update.old_logprobs, rollouts.rollout_logprobs, mask)
     if alarm is not None:  # what is no number is a cause, too
         mismatch["mismatch_alarm"] = float(not mismatch["mismatch_kl"] <= alarm)
     inside = batch.advantages[mask]

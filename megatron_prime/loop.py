@@ -30,11 +30,11 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         process_rewards, prm_metrics = learn_process_rewards(config, roles, scored)
         batch = with_advantages(config, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
-            policy_metrics = roles.policy.update(batch)
+            update = roles.policy.update(batch)
         sync_weights(roles)
         state = t.LoopState(step, keep_surplus(roles, surplus, config.rollout.keep_partial))
 
-        metrics |= prm_metrics | policy_metrics | figures.of_batch(batch, config)
+        metrics |= prm_metrics | update.metrics | figures.of_batch(batch, update, config)
         if due(step, config.evaluate.every, config.run.steps):
             metrics |= evaluate(config, roles)
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
@@ -75,10 +75,10 @@ def collect(
 
 
 def score(roles: Roles, rollouts: t.RolloutBatch) -> t.ScoredBatch:
-    """One forward of the policy and of the reference over the same tokens, without gradients."""
+    """Forwards without gradients: the reference's; the policy's of what its update can't give."""
     with roles.gpus.phase(Phase.SCORE):
         ref = None if roles.reference is None else roles.reference.logprobs(rollouts)
-        return t.ScoredBatch(rollouts, roles.policy.logprobs(rollouts), ref)
+        return t.ScoredBatch(rollouts, roles.policy.old_logprobs(rollouts), ref)
 
 
 def learn_process_rewards(

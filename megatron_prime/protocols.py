@@ -20,6 +20,8 @@ from megatron_prime.types import (
     Group,
     LoopState,
     Metrics,
+    OldLogprobs,
+    PolicyUpdate,
     PrmUpdate,
     Prompt,
     RolloutBatch,
@@ -110,12 +112,14 @@ class ProcessRewardModel(ScoringModel, Protocol):
     def update(self, batch: ScoredBatch) -> PrmUpdate: ...
 
 
-class Policy(ScoringModel, Protocol):
+class Policy(Protocol):
     """The model that is trained by reinforcement."""
 
     version: int  # successful updates since the start of the run
 
-    def update(self, batch: TrainBatch) -> Metrics: ...
+    # Of the rows whose training forward comes after the update's first optimizer step.
+    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs: ...
+    def update(self, batch: TrainBatch) -> PolicyUpdate: ...
     def weights(self) -> WeightSource: ...  # live; they change with the next update
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Metrics = dict[str, float]
 
@@ -189,17 +190,55 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class OldLogprobs:
+    """Log-probs of the policy before this step's update, as far as they were scored.
+
+    The first mini-batch trains the very weights that scoring would take, so its training forward
+    gives its old log-probs, too: they need no forward of their own. `or_else` is the way to use
+    what is here, for it makes one say what stands in for the rest.
+    """
+
+    known: Tensor  # bool [N], the rows that were scored
+    logprobs: Tensor  # float32 [N, T], 0 on padding; NaN in rows that were not scored
+
+    @classmethod
+    def scored(cls, batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> OldLogprobs:
+        """Only `rows` (int64 [n]) of `batch` have `logprobs` [n, T'], of at most T columns."""
+        known = torch.zeros(len(batch.sequences), dtype=torch.bool)
+        known[rows] = True
+        whole = torch.full(batch.response_mask.shape, torch.nan)
+        whole[rows] = pad(logprobs, (0, whole.shape[1] - logprobs.shape[1]))
+        return cls(known, whole)
+
+    @classmethod
+    def none(cls, batch: RolloutBatch) -> OldLogprobs:
+        """Nothing was scored."""
+        no_rows = torch.zeros(0, dtype=torch.int64)
+        return cls.scored(batch, no_rows, batch.rollout_logprobs[no_rows])
+
+    def or_else(self, logprobs: Tensor) -> Tensor:
+        """What was scored, and `logprobs` for the other rows: [N, T'], of at most T columns."""
+        device = logprobs.device
+        mine = self.logprobs[:, : logprobs.shape[1]].to(device)
+        return torch.where(self.known[:, None].to(device), mine, logprobs.detach())
+
+    def select(self, rows: Tensor) -> OldLogprobs:
+        """Only `rows` (int64 [n])."""
+        return OldLogprobs(self.known[rows], self.logprobs[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredBatch:
     """Rollouts with the log-probs that the trainer's own models give them; no gradients."""
 
     rollouts: RolloutBatch
-    old_logprobs: Tensor  # float32 [N, T], the policy before this step's update
+    old_logprobs: OldLogprobs
     ref_logprobs: Tensor | None  # float32 [N, T], the frozen reference; None when nothing needs it
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Only `rows` (int64 [n])."""
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
-        return ScoredBatch(self.rollouts.select(rows), self.old_logprobs[rows], ref)
+        return ScoredBatch(self.rollouts.select(rows), self.old_logprobs.select(rows), ref)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +261,14 @@ class TrainBatch:
         """Only `rows` (int64 [n])."""
         rewards = None if self.process_rewards is None else self.process_rewards[rows]
         return TrainBatch(self.scored.select(rows), rewards, self.advantages[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdate:
+    """What a policy update leaves: the log-probs of before it, now of every row, and figures."""
+
+    old_logprobs: Tensor  # float32 [N, T], 0 on padding
+    metrics: Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def test_overrides_are_toml_values_or_bare_words(toml):
             "--policy.lr=2e-5",
             "--policy.betas=[0.8, 0.99]",
             "--policy.loss.clip=0.3",
-            "--prm.measure_after=false",
+            "--prm.measure_after=true",
             "--precision.policy.dtype=fp32",
             "--data.template='plain'",
             '--prm.forward="double"',
@@ -78,7 +78,7 @@ def test_overrides_are_toml_values_or_bare_words(toml):
     assert (config.policy.lr, config.policy.betas) == (2e-5, (0.8, 0.99))
     assert config.policy.weight_decay == 0.5
     assert config.policy.loss.clip == 0.3
-    assert config.prm.measure_after is False
+    assert config.prm.measure_after is True
     assert (config.precision.policy.dtype, config.data.template, config.prm.forward) == (
         "fp32",
         "plain",

@@ -11,6 +11,8 @@ import torch
 from megatron_prime import figures
 from megatron_prime.config import RunConfig
 from megatron_prime.types import (
+    OldLogprobs,
+    PolicyUpdate,
     Prompt,
     Rollout,
     RolloutBatch,
@@ -46,12 +48,12 @@ MIDDLING = group([1, 0], [2, 3])
 EVEN = group([0.5, 0.5], [1, 2], number=1)
 
 
-def scored(*groups: VerifiedGroup, old: float = -1.0, ref: float | None = -2.0) -> ScoredBatch:
+def scored(*groups: VerifiedGroup, ref: float | None = -2.0) -> ScoredBatch:
     rollouts = RolloutBatch.from_groups(groups)
     shape = rollouts.response_mask.shape
     return ScoredBatch(
         rollouts,
-        torch.full(shape, old),
+        OldLogprobs.none(rollouts),
         None if ref is None else torch.full(shape, ref),
     )
 
@@ -114,8 +116,8 @@ def test_returns_advantages_and_mismatch() -> None:
     old = torch.tensor([[-1.0, -0.5, NAN], [-1.0, -1.0, -3.0]])
     process = torch.tensor([[0.2, 0.4, NAN], [-0.8, 0.0, 0.4]])
     advantages = torch.tensor([[1.0, 2.0, NAN], [3.0, 4.0, 5.0]])
-    batch = TrainBatch(ScoredBatch(batch.rollouts, old, batch.ref_logprobs), process, advantages)
-    found = figures.of_batch(batch, config(advantage={"gamma": 0.5}))
+    trained = TrainBatch(batch, process, advantages)
+    found = figures.of_batch(trained, PolicyUpdate(old, {}), config(advantage={"gamma": 0.5}))
     # Returns-to-go 0.2 + 0.2, 0.4 | -0.8 + 0 + 0.1, 0 + 0.2, 0.4 and outcomes 1, 1 | 0, 0, 0.
     returns = torch.tensor([0.4, 0.4, -0.7, 0.2, 0.4])
     outcomes = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
@@ -138,7 +140,8 @@ def test_returns_advantages_and_mismatch() -> None:
 
 def test_without_process_rewards_nothing_is_said_of_a_prm() -> None:
     batch = scored(MIDDLING, ref=None)
-    found = figures.of_batch(TrainBatch(batch, None, torch.ones(2, 3)), config())
+    update = PolicyUpdate(torch.full((2, 3), -1.0), {})
+    found = figures.of_batch(TrainBatch(batch, None, torch.ones(2, 3)), update, config())
     assert not [name for name in found if name.startswith("prm/")]
     assert found["policy/outcome_return_mean"] == pytest.approx(2 / 5)
     assert found["policy/advantage_std"] == 0
@@ -151,10 +154,11 @@ def test_the_alarm_is_for_a_mismatch_above_the_threshold(
     old: float, threshold: float, alarm: float
 ) -> None:
     """The engine's log-probs are -1: with the trainer's at -1.5 the k3 estimate is 0.1065."""
-    batch = TrainBatch(scored(MIDDLING, old=old), None, torch.ones(2, 3))
-    found = figures.of_batch(batch, config(rollout={"mismatch_alarm": threshold}))
+    batch = TrainBatch(scored(MIDDLING), None, torch.ones(2, 3))
+    update = PolicyUpdate(torch.full((2, 3), old), {})
+    found = figures.of_batch(batch, update, config(rollout={"mismatch_alarm": threshold}))
     assert found["rollout/mismatch_alarm"] == alarm
-    silent = figures.of_batch(batch, config(rollout={"mismatch_alarm": None}))
+    silent = figures.of_batch(batch, update, config(rollout={"mismatch_alarm": None}))
     assert found.keys() - silent.keys() == {"rollout/mismatch_alarm"}
 
 

@@ -18,6 +18,8 @@ from megatron_prime.protocols import Phase, Roles, Tally
 from megatron_prime.types import (
     Group,
     LoopState,
+    OldLogprobs,
+    PolicyUpdate,
     PrmUpdate,
     Prompt,
     Rollout,
@@ -160,6 +162,10 @@ class FakeModel:
         self.fake.trace.append(f"{self.name} logprobs")
         return torch.full(batch.response_mask.shape, self.logprob)
 
+    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs:
+        self.fake.trace.append(f"{self.name} old_logprobs")
+        return OldLogprobs.none(batch)
+
     def weights(self) -> Any:
         return None
 
@@ -168,7 +174,8 @@ class FakeModel:
         if isinstance(batch, TrainBatch):
             self.fake.trained_on.append(batch)
             self.version += self.fake.updates
-            return {"policy/loss": 0.0}
+            old = torch.full(batch.advantages.shape, self.logprob)
+            return PolicyUpdate(old, {"policy/loss": 0.0})
         self.logprob += 0.5  # what it learns
         return PrmUpdate(torch.full(batch.rollouts.response_mask.shape, -0.9), {"prm/loss": 0.7})
 
@@ -215,8 +222,8 @@ def test_a_step_follows_the_order_of_the_paper() -> None:
     play(fake)
     assert fake.trace == [
         "sync_weights", "load v0", "evaluate",
-        "generate", "score", "reference logprobs", "policy logprobs",
-        "update_prm", "prm update", "prm logprobs",
+        "generate", "score", "reference logprobs", "policy old_logprobs",
+        "update_prm", "prm update",
         "update_policy", "policy update",
         "sync_weights", "load v1", "evaluate", "checkpoint",
     ]  # fmt: skip
@@ -229,10 +236,18 @@ def test_a_step_follows_the_order_of_the_paper() -> None:
 )
 def test_rewards_come_from_the_forward_that_was_named(forward: str, expected: float) -> None:
     fake = Fake([0.5])
-    play(fake, prm={"forward": forward, "measure_after": False})
+    play(fake, prm={"forward": forward})
     rewards = fake.trained_on[0].process_rewards
     assert rewards is not None
     torch.testing.assert_close(rewards, torch.full((8, 3), 0.05 * (expected + 1.2)))
+
+
+def test_the_prm_is_measured_after_its_update_if_that_was_asked_for() -> None:
+    for knobs, forwards in (({}, 0), ({"measure_after": True}, 1), ({"forward": "double"}, 1)):
+        fake = Fake([0.5])
+        play(fake, prm=knobs)
+        assert fake.trace[fake.trace.index("prm update") :].count("prm logprobs") == forwards
+        assert ("prm/pair_accuracy_after" in fake.logged[1]) == bool(forwards)
 
 
 def test_outcome_only_needs_neither_prm_nor_reference() -> None:

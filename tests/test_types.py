@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from megatron_prime.types import Prompt, Rollout, VerifiedGroup, VersionSpan, unanswered
+from megatron_prime.types import (
+    OldLogprobs,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    TokenSequence,
+    VerifiedGroup,
+    VersionSpan,
+    unanswered,
+)
 
 WHOLE = Rollout((7, 8, 9), (-1.0, -1.0, -1.0), "stop", 4, "789")
 CONTINUED = replace(WHOLE, older_spans=(VersionSpan(1, 2), VersionSpan(1, 3)))
@@ -45,3 +55,21 @@ def test_prompts_without_a_group_keep_their_order() -> None:
     prompts = [groups[number].prompt for number in (4, 0, 3, 1, 2)]
     assert unanswered(prompts, [groups[0], groups[1]]) == [prompts[0], prompts[2], prompts[4]]
     assert unanswered(prompts, groups) == []
+
+
+def test_old_logprobs_of_rows_that_were_not_scored_are_somebody_elses() -> None:
+    """Rows 2 and 0 of three were scored; the widest is row 1, with three tokens."""
+    lengths = torch.tensor([1, 3, 2])
+    mask = torch.arange(3) < lengths[:, None]
+    batch = RolloutBatch((), 1, mask, torch.zeros(3), torch.zeros(3, 3))
+    batch = replace(batch, sequences=(TokenSequence((5, 6), 1),) * 3)
+    old = OldLogprobs.scored(batch, torch.tensor([2, 0]), torch.tensor([[-2.0, -3], [-1, 0]]))
+    other = torch.full((3, 3), -9.0)
+    filled = torch.tensor([[-1.0, 0, 0], [-9, -9, -9], [-2, -3, 0]])
+    assert torch.equal(old.or_else(other), filled)
+    assert torch.equal(old.or_else(other[:, :2]), filled[:, :2]), "of a narrower micro-batch"
+    rows = torch.tensor([1, 2])
+    assert torch.equal(old.select(rows).or_else(other[rows]), filled[rows])
+    assert torch.equal(OldLogprobs.none(batch).or_else(other), other)
+    assert old.logprobs[1].isnan().all(), "nobody can take them by mistake"
+    assert not old.or_else(other.clone().requires_grad_()).requires_grad

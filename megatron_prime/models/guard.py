@@ -31,7 +31,14 @@ from megatron_prime.config_file import describe
 from megatron_prime.errors import NotFinite, RunError
 from megatron_prime.models.engine import Engine, Loss
 from megatron_prime.models.training import StepResult, TrainableEngine
-from megatron_prime.types import Metrics, RolloutBatch, ScoredBatch, TokenSequence, TrainBatch
+from megatron_prime.types import (
+    Metrics,
+    OldLogprobs,
+    RolloutBatch,
+    ScoredBatch,
+    TokenSequence,
+    TrainBatch,
+)
 from megatron_prime.weights.export import export_hf
 from megatron_prime.weights.load import load_hf
 
@@ -152,8 +159,14 @@ def _plain(batch: Batch) -> dict[str, Any]:
         rest = {"process_rewards": batch.process_rewards, "advantages": batch.advantages}
         return {"scored": _plain(batch.scored), **rest}
     if isinstance(batch, ScoredBatch):
-        rest = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
-        return {"rollouts": _plain(batch.rollouts), **rest}
+        return {
+            "rollouts": _plain(batch.rollouts),
+            "old_logprobs": {
+                "known": batch.old_logprobs.known,
+                "logprobs": batch.old_logprobs.logprobs,
+            },
+            "ref_logprobs": batch.ref_logprobs,
+        }
     return {
         "sequences": [[list(s.token_ids), s.prompt_length] for s in batch.sequences],
         "group_size": batch.group_size,
@@ -168,7 +181,9 @@ def _rebuilt(saved: dict[str, Any]) -> Any:
     if "scored" in saved:
         return TrainBatch(**{**saved, "scored": _rebuilt(saved["scored"])})
     if "rollouts" in saved:
-        return ScoredBatch(**{**saved, "rollouts": _rebuilt(saved["rollouts"])})
+        old = OldLogprobs(**saved["old_logprobs"])
+        rollouts = _rebuilt(saved["rollouts"])
+        return ScoredBatch(**{**saved, "rollouts": rollouts, "old_logprobs": old})
     sequences = tuple(TokenSequence(tuple(ids), prompt) for ids, prompt in saved["sequences"])
     return RolloutBatch(**{**saved, "sequences": sequences})
 

@@ -3,11 +3,14 @@
 Its ratio starts from the trainer's own log-probs of before the update, or from the engine's at the
 moment of sampling (`policy.old_logprobs`); the trainer's may be weighted with what it differs from
 the engine (`policy.loss.importance`).
+
+The trainer's cost a forward of their own only for mini-batches that train after an optimizer step:
+the first one's training forward is of the weights of before the update. So its ratios are 1, not
+1 up to the rounding of two forwards, and an update of a single mini-batch scores nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -21,7 +24,7 @@ from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.training import StepResult, TrainableEngine
-from megatron_prime.types import Metrics, RolloutBatch, TrainBatch
+from megatron_prime.types import Metrics, OldLogprobs, PolicyUpdate, RolloutBatch, TrainBatch
 from megatron_prime.weights.source import LiveWeights
 
 
@@ -41,73 +44,92 @@ class MegatronPolicy:
         """Log-probs at the sampling temperature, without gradients: float32 [N, T]."""
         return self.guard.logprobs(self.engine, batch)
 
-    def update(self, batch: TrainBatch) -> Metrics:
-        """One pass over the batch in shuffled mini-batches, an optimizer step each."""
-        rollouts = batch.scored.rollouts
-        rate = self.engine.next_rate()
+    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs:
+        """Log-probs of before the coming update, of all its mini-batches but the first."""
+        later = self._order(batch)[self.knobs.mini_batch_size :]
+        if not len(later):
+            return OldLogprobs.none(batch)
+        return OldLogprobs.scored(batch, later, self.logprobs(batch.select(later)))
+
+    def _order(self, batch: RolloutBatch) -> Tensor:
+        """The rows of `batch` as the next update shuffles them: int64 [N]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.version)
-        order = torch.randperm(len(rollouts.sequences), generator=generator)
+        return torch.randperm(len(batch.sequences), generator=generator)
+
+    def update(self, batch: TrainBatch) -> PolicyUpdate:
+        """One pass over the batch in shuffled mini-batches, an optimizer step each.
+
+        Raises ValueError when rows that train after an optimizer step were not scored.
+        """
+        rollouts, scored = batch.scored.rollouts, batch.scored.old_logprobs
+        order, size = self._order(rollouts), self.knobs.mini_batch_size
+        if missing := int((~scored.known[order[size:]]).sum()):
+            raise ValueError(
+                f"found {missing} rows without old log-probs behind the first mini-batch, wanted "
+                "those of old_logprobs(), asked after the last update and for the same rows"
+            )
+        rate = self.engine.next_rate()
+        seen = torch.zeros(rollouts.response_mask.shape)  # by the training forwards
         metrics, steps = [], []
-        for rows in order.split(self.knobs.mini_batch_size):
+        for rows in order.split(size):
             part = MiniBatch.of(rollouts, rows)
             loss = self.loss_of(batch, part)
             step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is not None:
                 steps.append(step)
+                seen[rows] = step.logprobs[rows]
                 metrics.append((part, self._metrics(batch, rows, step)))
+            elif not scored.known[rows].all():  # the first: no weight has changed
+                found = self.logprobs(rollouts.select(rows))
+                seen[rows, : found.shape[1]] = found
         self.version += any(step.updated for step in steps)
-        scaling = loss_scaling("policy", self.engine.precision, steps)
-        found = combine(metrics) | {"policy/lr": rate} | scaling | self._importance_metrics(batch)
-        return found | self.guard.end_update(len(steps))
+        old = scored.or_else(seen)
+        shown = combine(metrics) | {"policy/lr": rate} | self._importance_metrics(rollouts, old)
+        shown |= loss_scaling("policy", self.engine.precision, steps)
+        return PolicyUpdate(old, shown | self.guard.end_update(len(steps)))
 
     def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""
-        rollouts, options = batch.scored.rollouts, self.knobs.loss
-        constants = [self._start_of(batch), batch.advantages, rollouts.response_mask]
-        if options.importance != "none":
-            constants.append(
-                importance_weights(
-                    batch.scored.old_logprobs,
-                    rollouts.rollout_logprobs,
-                    rollouts.response_mask,
-                    options.importance,
-                    options.importance_cap,
-                )
-            )
-        return partial(self._loss, part, constants)
+        return partial(self._loss, batch, part)
 
-    def _start_of(self, batch: TrainBatch) -> Tensor:
-        """The log-probs [N, T] that the clipped ratio is 1 at."""
-        if self.knobs.old_logprobs == "rollout":
-            return batch.scored.rollouts.rollout_logprobs
-        return batch.scored.old_logprobs
-
-    def _loss(self, part: MiniBatch, constants: Sequence[Tensor], forward: Forward) -> Tensor:
+    def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""
-        options = self.knobs.loss
-        old, advantages, mask, *weights = part.cut(forward, *constants)
-        loss = clipped_policy_loss(forward.logprobs, old, advantages, mask, options, *weights)
+        options, rollouts = self.knobs.loss, batch.scored.rollouts
+        advantages, mask, of_engine = part.cut(
+            forward, batch.advantages, rollouts.response_mask, rollouts.rollout_logprobs
+        )
+        old = batch.scored.old_logprobs.select(forward.rows.cpu()).or_else(forward.logprobs)
+        weights = None
+        if options.importance != "none":
+            weights = importance_weights(
+                old, of_engine, mask, options.importance, options.importance_cap
+            )
+        start = of_engine if self.knobs.old_logprobs == "rollout" else old
+        loss = clipped_policy_loss(forward.logprobs, start, advantages, mask, options, weights)
         if options.entropy_coefficient:
             entropy = aggregate(forward.entropy, mask, options.aggregation)
             loss = loss - options.entropy_coefficient * entropy
         return loss * part.share(mask, options.aggregation)
 
     def _metrics(self, batch: TrainBatch, rows: Tensor, step: StepResult) -> Metrics:
-        mask = batch.scored.rollouts.response_mask[rows]
-        old, advantages = self._start_of(batch)[rows], batch.advantages[rows]
-        moved = policy_metrics(step.logprobs[rows], old, advantages, mask, self.knobs.loss)
+        rollouts, logprobs = batch.scored.rollouts, step.logprobs[rows]
+        mask, advantages = rollouts.response_mask[rows], batch.advantages[rows]
+        start = batch.scored.old_logprobs.select(rows).or_else(logprobs)
+        if self.knobs.old_logprobs == "rollout":
+            start = rollouts.rollout_logprobs[rows]
+        moved = policy_metrics(logprobs, start, advantages, mask, self.knobs.loss)
         return {f"policy/{name}": value for name, value in moved.items()} | {
             "policy/loss": step.loss,
             "policy/grad_norm": step.grad_norm,
             "policy/entropy": step.entropy[rows][mask].mean().item(),
         }
 
-    def _importance_metrics(self, batch: TrainBatch) -> Metrics:
-        rollouts, options = batch.scored.rollouts, self.knobs.loss
+    def _importance_metrics(self, rollouts: RolloutBatch, old_logprobs: Tensor) -> Metrics:
+        options = self.knobs.loss
         if options.importance == "none":
             return {}
         found = importance_metrics(
-            batch.scored.old_logprobs,
+            old_logprobs,
             rollouts.rollout_logprobs,
             rollouts.response_mask,
             options.importance,

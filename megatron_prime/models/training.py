@@ -163,11 +163,18 @@ class TrainableEngine(Engine):
         return scale is not None and scale > self.precision.min_loss_scale
 
     def _gradients_are_finite(self) -> bool:
-        """The same answer on every rank."""
-        finite = [
-            buffer.grad_data.isfinite().all() for chunk in self.chunks for buffer in chunk.buffers
+        """The same answer on every rank.
+
+        The smallest and the largest value tell: a NaN is both, an infinity is one of them. Unlike
+        `isfinite`, which makes 7 bytes for each value, they need no memory.
+        """
+        extremes = [
+            extreme
+            for chunk in self.chunks
+            for buffer in chunk.buffers
+            for extreme in buffer.grad_data.aminmax()
         ]
-        broken = (~torch.stack(finite).all()).float()
+        broken = (~torch.stack(extremes).isfinite().all()).float()
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)
         return not bool(broken)
 

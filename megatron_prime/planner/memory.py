@@ -32,7 +32,6 @@ from megatron_prime.planner.residency import (
     on_host,
 )
 from megatron_prime.planner.states import (
-    CHECK_BYTES,
     VALUE_BYTES,
     Sharding,
     StateBytes,
@@ -115,8 +114,8 @@ class MemoryPlan:
 # What happens in a phase, one after the other; the largest counts.
 WORK: Mapping[str, tuple[str, ...]] = {
     SCORE: ("policy.scoring", "reference.scoring"),
-    UPDATE_PRM: ("prm.activations", "prm.scoring", "prm.gradient_check", "prm.step"),
-    UPDATE_POLICY: ("policy.activations", "policy.gradient_check", "policy.step"),
+    UPDATE_PRM: ("prm.activations", "prm.scoring", "prm.step"),
+    UPDATE_POLICY: ("policy.activations", "policy.step"),
 }
 
 
@@ -224,7 +223,6 @@ class _Planner:
             else:
                 kinds = state.by_kind
                 work[f"{name}.activations"] = active.training
-                work[f"{name}.gradient_check"] = CHECK_BYTES * state.largest_buffer
                 if not self.machine.on_gpu:
                     work[f"{name}.step"] = _STEP_BYTES * state.largest_shard
             kept |= {f"{name}.{kind}": n for kind, n in kinds.items()}

@@ -25,9 +25,6 @@ from megatron_prime.config import PrecisionOptions
 from megatron_prime.planner.counts import Parameter
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# What torch's isfinite makes of each value of a gradient buffer (models/training.py looks at one
-# buffer after the other): |x| in fp32, and three masks.
-CHECK_BYTES = 7
 _FP8_COPIES = 2  # along rows and along columns
 _SCALE_BYTES = {"delayed": 0.0, "tensorwise": 0.0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}
 _START, _END = 64, 128  # values; param_and_grad_buffer.py:576-610
@@ -54,7 +51,6 @@ class StateBytes:
     gradients: int = 0
     masters: int = 0
     moments: int = 0
-    largest_buffer: int = 0  # values of the largest gradient buffer
     largest_shard: int = 0  # values of the largest tensor that the optimizer steps
 
     @property
@@ -115,7 +111,6 @@ def _add_buffer(
     found.gradients += 4 * layout.numel
     found.masters += 4 * sum(own) if in_fp8 or precision.dtype != "fp32" else 0
     found.moments += 8 * sum(own)
-    found.largest_buffer = max(found.largest_buffer, layout.numel)
     found.largest_shard = max([found.largest_shard, *own])
 
 

@@ -56,7 +56,7 @@ class PlainModel:
         for rows, tokens in self._micro_batches(rollouts):
             mask = rollouts.response_mask[rows]
             new = self._responses(rollouts, rows, tokens, mask.shape[1])
-            ratio = (new - batch.scored.old_logprobs[rows]).exp()
+            ratio = (new - batch.scored.old_logprobs.logprobs[rows]).exp()
             clipped = ratio.clamp(1 - self.knobs.loss.clip, 1 + self.knobs.loss.clip)
             gain = torch.minimum(ratio * batch.advantages[rows], clipped * batch.advantages[rows])
             means = (gain * mask).sum(1) / mask.sum(1)

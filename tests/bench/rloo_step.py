@@ -47,7 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
     for what, ours, theirs, aim in (
         ("RLOO step against TRL's", "rloo", "trl", "≥ 1.3 ×"),
         ("PRIME step against TRL's RLOO", "prime", "trl", "≥ 1 ×"),
-        ("PRIME step against RLOO here", "prime", "rloo", ""),
     ):
         best = [min(sides[name], key=lambda one: one.median) for name in (ours, theirs)]
         layouts = [

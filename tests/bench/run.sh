@@ -29,6 +29,7 @@ bench model "$folder"
 bench update "$folder"
 bench update "$folder" --hidden 256 --layers 4 --repeat 3
 bench rloo_step "$folder"
+bench prime_step "$folder"
 bench packing
 bench bench_reshard
 bench startup "$folder"

@@ -22,7 +22,7 @@ from session import one_rank, ragged_rows, run_config
 from table import faster
 from torch import Tensor
 
-from megatron_prime.types import ScoredBatch, TrainBatch
+from megatron_prime.types import OldLogprobs, ScoredBatch, TrainBatch
 
 WARM_UP = 2
 LARGEST_DIFFERENCE = 0.01  # of two models' weights, as a share of how far they moved
@@ -88,7 +88,8 @@ def larger_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> Pat
 def train_batch(rows: Any, old_logprobs: Tensor) -> TrainBatch:
     """Advantages of both signs."""
     advantages = torch.randn(rows.response_mask.shape, generator=torch.Generator().manual_seed(1))
-    return TrainBatch(ScoredBatch(rows, old_logprobs, None), None, advantages * rows.response_mask)
+    old = OldLogprobs.scored(rows, torch.arange(len(rows.sequences)), old_logprobs)
+    return TrainBatch(ScoredBatch(rows, old, None), None, advantages * rows.response_mask)
 
 
 def alternate(

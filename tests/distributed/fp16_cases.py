@@ -32,7 +32,7 @@ from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.compat import megatron_calls, save_in_process  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
-from megatron_prime.types import ScoredBatch, TrainBatch  # noqa: E402
+from megatron_prime.types import OldLogprobs, ScoredBatch, TrainBatch  # noqa: E402
 from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
 
@@ -96,7 +96,7 @@ class Cases:
         ref = Engine(exact, self.shape, self.prm.micro_batch_tokens, 1.0).logprobs(
             self.rollouts.sequences
         )
-        return ScoredBatch(self.rollouts, ref, ref)
+        return ScoredBatch(self.rollouts, OldLogprobs.none(self.rollouts), ref)
 
     def train(self, dtype: str) -> dict[str, Any]:
         """PRM updates; weights, figures and the optimizer's own types."""
@@ -188,12 +188,12 @@ class Cases:
             self.model(precision), self.shape, knobs, self.job["temperature"], UPDATES, precision
         )
         policy = MegatronPolicy(engine, knobs, 0, guard(self.folder, "policy"))
-        old = policy.logprobs(self.rollouts)
-        scored = ScoredBatch(self.rollouts, old, None)
+        scored = ScoredBatch(self.rollouts, policy.old_logprobs(self.rollouts), None)
         skipped = policy.update(TrainBatch(scored, None, self.job["advantages"] * HUGE))
         version = policy.version
         good = policy.update(TrainBatch(scored, None, self.job["advantages"]))
-        return {"skipped": skipped, "good": good, "versions": (version, policy.version)}
+        versions = (version, policy.version)
+        return {"skipped": skipped.metrics, "good": good.metrics, "versions": versions}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,19 @@ from megatron_prime.models.reference import MegatronReference  # noqa: E402
 from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
-from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch  # noqa: E402
+from megatron_prime.types import (  # noqa: E402
+    OldLogprobs,
+    RolloutBatch,
+    ScoredBatch,
+    TokenSequence,
+    TrainBatch,
+)
 from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
 from megatron_prime.weights.load import load_hf  # noqa: E402
 
 TIMEOUT_S = 120
 UPDATES = 2
+SCORED_TWICE = (ParallelSizes(tp=2), ParallelSizes(pp=2))
 
 
 def main(folder: Path) -> None:
@@ -93,28 +101,52 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
 
     rollouts = rollout_batch(job)
     ref = reference.logprobs(rollouts)
-    scored = ScoredBatch(rollouts, policy.logprobs(rollouts), ref)
+    scored = ScoredBatch(rollouts, policy.old_logprobs(rollouts), ref)
     updates = [prm.update(scored) for _ in range(UPDATES)]
-    batch = TrainBatch(scored, None, job["advantages"])
-    metrics = [policy.update(batch) for _ in range(UPDATES)]
+    trained = policy.update(TrainBatch(scored, None, job["advantages"]))
+    # The second update starts from the same old log-probs, all of which are known by now.
+    whole = OldLogprobs.scored(
+        rollouts, torch.arange(len(rollouts.sequences)), trained.old_logprobs
+    )
+    again = policy.update(TrainBatch(replace(scored, old_logprobs=whole), None, job["advantages"]))
     weights = dict(gather_hf_tensors(policy.engine.modules, shape))
+    scoring = {}
+    if sizes in SCORED_TWICE:
+        for what in ("all rows", "later rows"):
+            engine = TrainableEngine(model(), shape, policy_knobs, job["temperature"], 1, exact)
+            other = MegatronPolicy(engine, policy_knobs, job["seed"], guard(hf_dir, "policy"))
+            scoring[what] = first_update(other, job, what == "all rows")
     halves = TrainableEngine(model(half), shape, prm_knobs, 1.0, UPDATES, half)
     half_updates = [MegatronPrm(halves, prm_knobs, of_prm).update(scored) for _ in range(UPDATES)]
     return {
         "policy": weights,
         "prm": dict(gather_hf_tensors(prm.engine.modules, shape)),
         "ref_logprobs": ref,
-        "old_logprobs": scored.old_logprobs,
+        "old_logprobs": trained.old_logprobs,
+        "scored_rows": int(scored.old_logprobs.known.sum()),
         "prm_forward": [update.forward_logprobs for update in updates],
         "prm_metrics": [update.metrics for update in updates],
-        "policy_metrics": metrics,
+        "policy_metrics": [trained.metrics, again.metrics],
         "version": policy.version,
+        "scoring": scoring,
         "bf16": dict(gather_hf_tensors(halves.modules, shape)),
         "bf16_metrics": [update.metrics for update in half_updates],
         "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},
         "broken": broken_step(halves, rollouts),
         "skipped": skipped_step(prm_engine, scored, hf_dir, f"broken-{sizes}"),
     }
+
+
+def first_update(policy: MegatronPolicy, job: dict[str, Any], score_all: bool) -> dict[str, Any]:
+    """Weights and figures after an update whose first mini-batch was scored, or was not."""
+    rollouts = rollout_batch(job)
+    old = policy.old_logprobs(rollouts)
+    if score_all:
+        everyone = torch.arange(len(rollouts.sequences))
+        old = OldLogprobs.scored(rollouts, everyone, policy.logprobs(rollouts))
+    update = policy.update(TrainBatch(ScoredBatch(rollouts, old, None), None, job["advantages"]))
+    weights = dict(gather_hf_tensors(policy.engine.modules, policy.engine.shape))
+    return {"weights": weights, "old": update.old_logprobs, "metrics": update.metrics}
 
 
 def broken_step(engine: TrainableEngine, rollouts: RolloutBatch) -> tuple[str, bool]:

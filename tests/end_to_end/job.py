@@ -62,6 +62,7 @@ lr = 2e-3
 warmup_steps = 4
 mini_batch_size = 16
 micro_batch_tokens = 128
+measure_after = true
 [evaluate]
 every = 3
 [checkpoint]

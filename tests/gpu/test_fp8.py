@@ -25,7 +25,7 @@ from megatron_prime.config import (
     RunConfig,
 )
 from megatron_prime.runtime.compat import before_megatron_import
-from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence
+from megatron_prime.types import OldLogprobs, RolloutBatch, ScoredBatch, TokenSequence
 
 before_megatron_import()
 
@@ -233,5 +233,5 @@ class TestOnAChip:
         steps(engine, sequences, 2)
         prm = MegatronPrm(engine, PrmSection(mini_batch_size=8), Guard(RUN, "prm"))
         ref = trainable(hf_dir, STILL).logprobs(sequences)
-        metrics = prm.update(ScoredBatch(batch, ref, ref)).metrics
+        metrics = prm.update(ScoredBatch(batch, OldLogprobs.none(batch), ref)).metrics
         assert emulated_error / 3 < metrics["prm/fp8_logprob_error"] < 3 * emulated_error

@@ -13,7 +13,7 @@ import torch
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import NotFinite, RunError
 from megatron_prime.runtime.compat import before_megatron_import
-from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch
+from megatron_prime.types import OldLogprobs, RolloutBatch, ScoredBatch, TokenSequence, TrainBatch
 
 before_megatron_import()
 
@@ -27,7 +27,8 @@ ROLLOUTS = RolloutBatch(
     torch.tensor([1.0, 0.0]),
     torch.tensor([[-0.5, -torch.inf], [-0.25, 0.0]]),
 )
-SCORED = ScoredBatch(ROLLOUTS, torch.full((2, 2), torch.nan), torch.ones(2, 2))
+OLD = OldLogprobs.scored(ROLLOUTS, torch.tensor([1]), torch.tensor([[-torch.inf]]))
+SCORED = ScoredBatch(ROLLOUTS, OLD, torch.ones(2, 2))
 BATCHES = {
     "rollouts": ROLLOUTS,
     "scored": SCORED,

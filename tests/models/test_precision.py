@@ -24,7 +24,7 @@ from megatron_prime.models.guard import Guard  # noqa: E402
 from megatron_prime.models.mini_batch import loss_scaling  # noqa: E402
 from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.training import StepResult  # noqa: E402
-from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence  # noqa: E402
+from megatron_prime.types import OldLogprobs, RolloutBatch, ScoredBatch, TokenSequence  # noqa: E402
 
 Chip = precision.Chip
 HOPPER = Chip("NVIDIA H100", (9, 0), cuda=(12, 9), transformer_engine=(2, 8))
@@ -186,7 +186,8 @@ def update(options: PrecisionOptions) -> tuple[dict[str, float], RoundingEngine]
     engine = RoundingEngine(options)
     knobs = PrmSection(mini_batch_size=2)
     prm = MegatronPrm(engine, knobs, Guard(RUN, "prm"))  # type: ignore[arg-type]
-    return prm.update(ScoredBatch(batch, torch.zeros(4, 3), torch.zeros(4, 3))).metrics, engine
+    scored = ScoredBatch(batch, OldLogprobs.none(batch), torch.zeros(4, 3))
+    return prm.update(scored).metrics, engine
 
 
 def test_a_prm_in_fp8_reports_how_far_its_first_mini_batch_is_from_bf16() -> None:

@@ -13,7 +13,13 @@ from megatron_prime.errors import NotFinite
 from megatron_prime.models import guard
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.training import StepResult
-from megatron_prime.types import PrmUpdate, RolloutBatch, ScoredBatch, TokenSequence
+from megatron_prime.types import (
+    OldLogprobs,
+    PrmUpdate,
+    RolloutBatch,
+    ScoredBatch,
+    TokenSequence,
+)
 
 LENGTHS = torch.tensor([2, 1, 3, 3])
 SKIP = {"run": {"folder": "r"}, "model": {"hf": "m"}, "data": {"train": "t"}}
@@ -43,7 +49,7 @@ def update(monkeypatch: pytest.MonkeyPatch, options: PrecisionOptions, breaks: i
     keeper = guard.Guard(RunConfig.model_validate(SKIP), "prm")
     engine: Any = BreakingEngine(options, breaks)
     prm = MegatronPrm(engine, PrmSection(mini_batch_size=2), keeper)
-    return prm.update(ScoredBatch(batch, torch.zeros(4, 3), torch.full((4, 3), -9.0)))
+    return prm.update(ScoredBatch(batch, OldLogprobs.none(batch), torch.full((4, 3), -9.0)))
 
 
 @pytest.mark.parametrize("breaks", [0, 1])

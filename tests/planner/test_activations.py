@@ -18,7 +18,6 @@ from megatron_prime.models.engine import Forward
 from megatron_prime.models.packed_attention import Pack
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.planner.activations import Computation, activations, chunks_in_flight
-from megatron_prime.planner.states import CHECK_BYTES
 from megatron_prime.types import TokenSequence
 from megatron_prime.weights.shape import ModelShape, padded
 
@@ -157,12 +156,11 @@ def test_the_most_bytes_of_a_real_step(
         training = most_bytes(lambda: engine._schedule(rows, range(4), mean_logprob))
         scoring = most_bytes(lambda: engine.logprobs(rows))
         checking = most_bytes(engine._gradients_are_finite)
-        gradients = sum(b.grad_data.numel() for chunk in engine.chunks for b in chunk.buffers)
     how = Computation.of(megatron, sizes, 0, precision, temperature, on_gpu=False)
     found = activations(shape, how, 2 * TOKENS, 2 * TOKENS - 4, micro_batches=1)
     assert found.training == pytest.approx(training, rel=0.15)
     assert found.scoring == pytest.approx(scoring, rel=0.15)
-    assert checking == pytest.approx(CHECK_BYTES * gradients, rel=0.01)
+    assert checking < 1000, "looking for gradients that are not finite needs no memory"
 
 
 @pytest.mark.parametrize(
