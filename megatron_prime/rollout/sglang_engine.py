@@ -31,6 +31,7 @@ from megatron_prime.rollout.sglang_answers import SglangError
 from megatron_prime.rollout.sglang_server import ServerNotStarted
 from megatron_prime.rollout.weight_sync import LOADER, Problem, WeightSync
 from megatron_prime.runtime.memory import Buffer
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Metrics, Prompt, Sampling
 
 
@@ -51,10 +52,12 @@ class SglangEngine:
         tokenizer: Tokenizer,
         stop_ids: Sequence[int],
         store: Store,
+        timeline: Timeline | None = None,
     ) -> None:
         """`stop_ids` end a response; `store`: where the leaders share out the prompts."""
         self._group, self._sync, self._knobs = group, sync, knobs
         self._tokenizer, self._stop_ids, self._store = tokenizer, stop_ids, store
+        self._timeline = timeline or Timeline()
         self._weights: WeightSource | None = None
         self._ready = False
         self._passes = 0
@@ -155,6 +158,7 @@ class SglangEngine:
             self.version,
             f"{self.version}-{self._passes}",
             self._text,
+            self._timeline,
         )
         ready: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         take = self._shared_counter()

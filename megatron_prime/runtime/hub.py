@@ -2,8 +2,8 @@
 
 The lines are TCP connections on which both sides say `beat` every few seconds, as lines of JSON.
 
-    rank → hub   hello (rank, host, token)   beat (patience_s)   failed (error, stuck)   bye
-    hub → rank   welcome                     beat (patience_s)   ended (rank, host, error, stuck)   bye
+    rank → hub   hello (rank, host, token)   beat (patience_s)   failed (error, stuck)        bye
+    hub → rank   welcome                     beat (patience_s)   ended (rank, host, error, …)  bye
 
 A rank has ended when it says so, when its line breaks off without a `bye` (the kernel closes it
 within milliseconds of a kill -9 or a crash), or when nothing was heard of it for as long as it had

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, DeadlineSection
 from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.deadline import Deadlines
@@ -37,7 +37,6 @@ from megatron_prime.runtime.watchdog import (
     ended_because,
     say,
 )
-
 
 STACKS_S = 1.0  # for the others to write their stacks before connections to this rank break
 
@@ -132,8 +131,9 @@ class Launch:
             return 128 + signal.SIGINT
         return 2 if isinstance(error, ConfigError) else 1
 
-    def deadlines(self, folder: Path, seconds: Mapping[Phase, float]) -> Deadlines:
+    def deadlines(self, folder: Path, knobs: DeadlineSection) -> Deadlines:
         """Of this rank's phases; when one passes, on any rank, all write their stacks and end."""
+        seconds = {phase: getattr(knobs, f"{phase.value}_s") for phase in Phase}
         deadlines = Deadlines(folder, self.here.rank, seconds, self._stuck)
         if self._watchdog:
             self._watchdog.on_end = deadlines.part

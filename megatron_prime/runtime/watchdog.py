@@ -8,8 +8,9 @@ thread with a line to the hub on rank 0 (`hub.py`), over which it hears of the o
 - one that is frozen, or whose machine is gone, is noticed by its silence.
 
 Then the thread says `[rank 2] ended because rank 5 on HOST ended: …` and leaves with ENDED (with
-STUCK if a phase met its deadline there, see `deadline.py`), without asking the main thread, which may wait in a collective for ever. It gives that one second: a rank
-that meets the same error by itself then keeps quiet about it.
+STUCK if a phase met its deadline there, see `deadline.py`), without asking the main thread, which
+may wait in a collective for ever. It gives that one second: a rank that meets the same error by
+itself then keeps quiet about it.
 
 How long may a rank be silent? The thread beats while the main thread waits or computes: torch,
 gloo, NCCL and file reads let other Python threads run. Silent is only who holds the interpreter's
@@ -85,7 +86,7 @@ class Watchdog:
         """Report this rank's end; who ended first, or None if the hub does not answer.
 
         An `echo` is an error that another rank's end may have caused, such as a broken connection:
-        it is reported only if no other rank turns out to have ended. `stuck`: a deadline has passed.
+        it is reported only if no other rank turns out to have ended. `stuck`: a deadline passed.
         """
         self._failing.set()
         if echo:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_prime.config import DeadlineSection
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.rendezvous import rendezvous_from
@@ -40,11 +41,12 @@ DEEDS = {"meet": wait_for_the_others, "sleep": sleeps_for_ever, "hold": holds_th
 def main(folder: Path, deadline_s: float, deed: str, rank: int, launch: Launch) -> int:
     timeout = timedelta(seconds=600)
     size = launch.here.world_size
+    knobs = DeadlineSection.model_validate({f"{phase.value}_s": deadline_s for phase in Phase})
     store = launch.store or dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     with (
         launch.steps(agree=None),
-        launch.deadlines(folder, dict.fromkeys(Phase, deadline_s)) as deadlines,
+        launch.deadlines(folder, knobs) as deadlines,
     ):
         with deadlines.phase(Phase.SCORE):
             wait_for_the_others()
