@@ -42,7 +42,7 @@ class Round:
     def __init__(self) -> None:
         self.began: float | None = None  # the first decode slot's start
         self.rollouts_done = self.checks_began = self.checks_done = 0.0
-        self._busy = self._long_tail = self._straggling = 0.0
+        self._busy = self._long_tail = self._verifying = self._straggling = 0.0
         self._slots, self._share = 1, 0.0  # of the slots, how many work
         self._since: float | None = None  # until when the slots are accounted for; None: no more
 
@@ -51,7 +51,7 @@ class Round:
         if self.began is None:
             self.began = now
         else:  # another pass, after a wait for the others and their servers
-            self._straggling += now - max(self.rollouts_done, self.checks_done)
+            self._wait_until(now)
         self._since, self._slots, self._share = now, max(slots, 1), min(slots, 1)
 
     @property
@@ -75,9 +75,13 @@ class Round:
     def met(self, now: float) -> Seconds:
         """All ranks have come to the end of the round."""
         self.generated(now)
+        self._wait_until(now)
+        return Seconds(self._busy, self._long_tail, self._verifying, self._straggling)
+
+    def _wait_until(self, now: float) -> None:
         free = max(self.rollouts_done, self.checks_done)
-        straggling = self._straggling + now - free
-        return Seconds(self._busy, self._long_tail, free - self.rollouts_done, straggling)
+        self._verifying += free - self.rollouts_done
+        self._straggling += now - free
 
 
 class Timeline:
