@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import psutil
 import pytest
 import torch
@@ -126,6 +128,44 @@ def test_waits_for_the_gpu_before_it_stops_the_clock(clock, monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "synchronize", finish_queued_work)
     spend(scheduler, clock, Phase.GENERATE, 1.0)
     assert scheduler.take_seconds()["time/generate_s"] == 8.0
+
+
+def test_a_phase_has_a_deadline_and_a_place_in_the_timeline(clock):
+    """Until the GPU is done, also when it ends with an error."""
+    heard = []
+
+    class Watcher:
+        def __init__(self, name):
+            self.name = name
+
+        @contextmanager
+        def phase(self, phase):
+            heard.append((self.name, "begin", phase, clock.now))
+            try:
+                yield
+            finally:
+                heard.append((self.name, "end", phase, clock.now))
+
+        def take_seconds(self):
+            return {"time/idle_switching_s": 0.5}
+
+    scheduler = resident()
+    scheduler.timeline, scheduler.deadlines = Watcher("timeline"), Watcher("deadlines")
+
+    @scheduler.phase(Phase.GENERATE)
+    def fail():
+        clock.now += 2.0
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert sorted(heard) == [
+        (name, edge, Phase.GENERATE, 100.0 + 2.0 * (edge == "end"))
+        for name in ("deadlines", "timeline")
+        for edge in ("begin", "end")
+    ]
+    seconds = scheduler.take_seconds()
+    assert (seconds["time/generate_s"], seconds["time/idle_switching_s"]) == (2.0, 0.5)
 
 
 def test_peak_memory_is_this_process() -> None:
