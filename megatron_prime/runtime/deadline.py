@@ -10,7 +10,9 @@ allocation lasts. So each phase has a deadline (`[deadline]`). The rank that mee
 That is done by a thread, which needs the interpreter's lock. A rank that holds the lock in a native
 call that never returns can't run one. For it two clocks of C tick along: faulthandler's, which
 writes the stacks without the lock, and a timer of the kernel's, whose function is `_exit`. They are
-set a little later, so that an ordinary rank never meets them.
+set a little later, so that an ordinary rank never meets them. The first is also wound up again and
+again by the thread: when that could not run for `silent_s`, the stacks are written, too, for then
+the others are about to give this rank up (`watchdog.py`).
 
 The file is made when the run begins, for C can't, and removed at its end if nothing is in it.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -54,6 +57,7 @@ class Deadlines:
         rank: int,
         seconds: Mapping[Phase, float],
         on_stuck: Callable[[str], None],
+        silent_s: float = math.inf,
     ) -> None:
         """`folder`: of the run. `on_stuck`, called in a thread, gets a message and ends all."""
         self.path = folder / "stuck" / f"rank_{rank:05d}.txt"
@@ -61,7 +65,8 @@ class Deadlines:
         self._running: _Running | None = None
         self._file: IO[str] | None = None  # while C may have to write
         self._last_resort = ExitTimer(STUCK)
-        self._closed, self._writing = threading.Event(), threading.Lock()
+        self._silent_s = silent_s
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._written = False
 
     @contextmanager
@@ -75,18 +80,19 @@ class Deadlines:
 
     def begin(self, phase: Phase) -> None:
         """Start the clocks."""
-        if self._file is not None:
-            limit_s = self._seconds[phase]
-            faulthandler.dump_traceback_later(limit_s + NATIVE_S, file=self._file)
-            self._last_resort.set(limit_s + LAST_S)
-            self._running = _Running(phase, time.monotonic(), limit_s)
+        with self._lock:
+            if self._file is not None:
+                self._running = _Running(phase, time.monotonic(), self._seconds[phase])
+                self._last_resort.set(self._running.limit_s + LAST_S)
+                self._wind_up(self._running.limit_s)
 
     def end(self) -> None:
         """Stop them."""
-        self._running = None
-        if not self._written:  # then the process is ending, and the last resort stays
-            faulthandler.cancel_dump_traceback_later()
-            self._last_resort.set(0)
+        with self._lock:
+            self._running = None
+            if not self._written:  # then the process is ending, and the last resort stays
+                faulthandler.cancel_dump_traceback_later()
+                self._last_resort.set(0)
 
     def part(self, stuck: bool) -> None:
         """Another rank ended the run: leave stacks behind if it was `stuck`, else nothing."""
@@ -98,7 +104,7 @@ class Deadlines:
 
     def write(self, why: str) -> None:
         """Append the stacks of all threads to the file, once."""
-        with self._writing:
+        with self._lock:
             if self._written:
                 return
             self._written = True
@@ -117,7 +123,7 @@ class Deadlines:
     def close(self) -> None:
         """Watch no more. An empty file goes; may be called again, from any thread."""
         self._closed.set()
-        with self._writing:
+        with self._lock:
             file, self._file = self._file, None
             if file is None or self._written:
                 return
@@ -129,10 +135,24 @@ class Deadlines:
                 with suppress(OSError):  # others' files are still there
                     self.path.parent.rmdir()
 
+    def _wind_up(self, left_s: float) -> None:
+        assert self._file is not None, "only between start and close"
+        in_s = min(left_s + NATIVE_S, self._silent_s)
+        faulthandler.dump_traceback_later(in_s, file=self._file)
+
+    def _met(self) -> _Running | None:
+        """The phase if its time is up; if it is not, C's clock is wound up."""
+        with self._lock:
+            if (running := self._running) is None or self._file is None or self._written:
+                return None
+            if (left_s := running.since + running.limit_s - time.monotonic()) <= 0:
+                return running
+            self._wind_up(left_s)
+            return None
+
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):
-            running = self._running
-            if running is None or time.monotonic() < running.since + running.limit_s:
+            if (running := self._met()) is None:
                 continue
             name = running.phase.value
             self._last_resort.set(LEAVE_S)

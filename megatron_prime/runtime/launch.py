@@ -7,6 +7,7 @@ where the process groups meet later) and under a watchdog. `Launch` is what a co
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -38,6 +39,7 @@ from megatron_prime.runtime.watchdog import (
     say,
 )
 
+SILENT = 0.8  # of `run.lost_after_s`: a rank as silent as that leaves its stacks behind
 STACKS_S = 1.0  # for the others to write their stacks before connections to this rank break
 
 
@@ -134,7 +136,8 @@ class Launch:
     def deadlines(self, folder: Path, knobs: DeadlineSection) -> Deadlines:
         """Of this rank's phases; when one passes, on any rank, all write their stacks and end."""
         seconds = {phase: getattr(knobs, f"{phase.value}_s") for phase in Phase}
-        deadlines = Deadlines(folder, self.here.rank, seconds, self._stuck)
+        silent_s = SILENT * self._lost_after_s if self._watchdog else math.inf
+        deadlines = Deadlines(folder, self.here.rank, seconds, self._stuck, silent_s)
         if self._watchdog:
             self._watchdog.on_end = deadlines.part
         return deadlines

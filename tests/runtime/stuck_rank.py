@@ -62,7 +62,8 @@ def main(folder: Path, deadline_s: float, deed: str, rank: int, launch: Launch) 
 if __name__ == "__main__":
     folder, deadline_s, *deeds = sys.argv[1:]
     here = rendezvous_from(os.environ)
-    launch = Launch(here, lost_after_s=300, timeout_s=60, saves=True)
+    lost_after_s = float(os.environ.get("LOST_AFTER_S", "300"))
+    launch = Launch(here, lost_after_s, timeout_s=60, saves=True)
     try:
         code = main(Path(folder), float(deadline_s), deeds[here.rank], here.rank, launch)
     except BaseException as error:

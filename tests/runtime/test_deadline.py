@@ -46,11 +46,16 @@ class Ranks:
             for rank in range(len(deeds))
         ]
 
-    def end(self) -> tuple[list[int], list[str], list[float]]:
-        """Exit codes, words, and how long after the last rank's start each of them ended."""
+    def end(self, but: int = -1) -> tuple[list[int], list[str], list[float]]:
+        """Exit codes, words, and how long after the last rank's start each of them ended.
+
+        `but` is a rank that stays, and is killed when the others have ended.
+        """
         ended: dict[int, float] = {}
         give_up = time.time() + 90
         while len(ended) < len(self.processes):
+            if but >= 0 and len(ended) == len(self.processes) - 1 and but not in ended:
+                self.processes[but].kill()
             assert time.time() < give_up, [process.poll() for process in self.processes]
             for rank, process in enumerate(self.processes):
                 if process.poll() is not None:
@@ -128,6 +133,21 @@ def test_a_rank_that_holds_the_interpreter_writes_its_stacks_too(ranks, holder: 
         assert "in wait_for_the_others\n" in these.stacks(rank)
         assert "phase update_prm has lasted longer than 3 s" in said[rank]
     assert max(seconds) < DEADLINE_S + WITHOUT_THE_LOCK_S
+
+
+def test_a_silent_rank_writes_its_stacks_before_it_is_given_up(
+    ranks, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its phase's deadline; who works on has nothing to write."""
+    monkeypatch.setenv("LOST_AFTER_S", "5")
+    monkeypatch.setattr(sys.modules[__name__], "DEADLINE_S", 600.0)
+    these = ranks("meet", "hold")
+    codes, said, _ = these.end(but=1)
+    assert codes[0] == ENDED
+    assert "because rank 1" in said[0]
+    assert "no sign of life" in said[0]
+    assert "in holds_the_lock\n" in these.stacks(1)
+    assert [path.name for path in (tmp_path / "stuck").iterdir()] == ["rank_00001.txt"]
 
 
 def test_one_rank_alone(ranks, tmp_path) -> None:
