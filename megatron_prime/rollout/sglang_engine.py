@@ -165,7 +165,8 @@ class SglangEngine:
         running = self._group.ask(runner.run(prompts, sampling, partials, take, ready.put, enough))
         running.add_done_callback(lambda _: ready.put(None))
         while (group := ready.get()) is not None:
-            self._count("rollout/continued_tokens", _continued_tokens(group))
+            older = (span.tokens for rollout in group.rollouts for span in rollout.older_spans)
+            self._count("rollout/continued_tokens", sum(older))  # sampled in an earlier round
             yield group
         report = running.result()
         if report.problem is not None:  # it starts while the others go on
@@ -296,8 +297,3 @@ def in_flight(prompts: int, servers: int, most: int) -> int:
     """
     share = -(-prompts // servers)
     return min(most, share if servers == 1 else -(-share * 3 // 4))
-
-
-def _continued_tokens(group: Group) -> int:
-    """Tokens that were sampled in an earlier round."""
-    return sum(span.tokens for rollout in group.rollouts for span in rollout.older_spans)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.trace import Trace
@@ -114,31 +114,29 @@ class Timeline:
             self._draw("phases", phase.value, started, self._clock(), flush=True)
 
     @contextmanager
-    def move(self, what: str, size: int) -> Iterator[None]:
-        """The block moves `size` bytes between device and host, or drops or rebuilds them."""
-        started = self._clock()
-        yield
-        self._draw("moves", what, started, self._clock(), bytes=size)
+    def switching(self, leaving: Iterable[str], coming: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """In the block all wait while buffers leave the device and come to it.
 
-    @contextmanager
-    def switching(self) -> Iterator[None]:
-        """In the block the devices wait for memory to move."""
+        What the block adds to the notes that it gets stands beside the event.
+        """
+        notes: dict[str, Any] = {"leave": sorted(leaving), "come": sorted(coming)}
         started = self._clock()
-        yield
+        yield notes
         ended = self._clock()
         self._switching += ended - started
+        self._draw("moves", "move", started, ended, **notes)
         self._draw("idle", "switching", started, ended)
 
     def take_seconds(self) -> Metrics:
         """`time/idle_…_s` since the last call, and what generation was busy: means over ranks.
 
-        `switching` is this rank's. Nothing if there was nothing to count.
+        `switching` is this rank's. Nothing of what did not take place.
         """
         with self._lock:
             rounds, self._generation = self._generation, []
             switching, self._switching = self._switching, 0.0
-        if not rounds and not switching:
-            return {}
+        if not rounds:
+            return {"time/idle_switching_s": switching} if switching else {}
         busy, long_tail, verifying, straggling = (
             sum(column) for column in zip(Seconds(0, 0, 0, 0), *rounds, strict=True)
         )

@@ -21,9 +21,11 @@ from megatron_prime.runtime.compat import before_megatron_import
 before_megatron_import()
 
 from megatron_prime.config import ParallelSizes  # noqa: E402
+from megatron_prime.planner.residency import RESIDENT  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
+from megatron_prime.runtime.ledger import Limits  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
-from megatron_prime.runtime.scheduler import ResidentScheduler  # noqa: E402
+from megatron_prime.runtime.scheduler import PhaseScheduler  # noqa: E402
 from megatron_prime.runtime.timeline import Timeline  # noqa: E402
 from megatron_prime.types import Group, Prompt, Rollout  # noqa: E402
 from megatron_prime.verify.pool import VerifierPool  # noqa: E402
@@ -64,7 +66,8 @@ def main(folder: Path, environ: dict[str, str]) -> None:
     timeline = ranks.timeline
     script = folder / f"checker_{ranks.rank}.py"
     script.write_text(CHECKER)
-    gpus = ResidentScheduler(lambda phase: None, timeline)
+    gpus = PhaseScheduler(Limits(RESIDENT), ranks.device)
+    gpus.timeline = timeline
     command = [sys.executable, "-I", "-S", str(script)]
     with VerifierPool(1, 30.0, command, timeline) as pool:
         pool.verify([group(PROMPTS[0], 0.0)])  # the checker has started

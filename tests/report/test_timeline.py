@@ -26,16 +26,16 @@ class Clock:
 def run(folder: Path, rank: int, steps: int, late_s: float = 0.0) -> None:
     """Steps of 20 s: 12 of generation with a tail, checks and waiting, 5 of updates, 3 of nothing.
 
-    Rank 0 moves memory for 1 s of the generation.
+    Rank 0 moves memory for 1 s of the 12.
     """
     clock = Clock()
     timeline = Timeline(Trace(folder, rank, fresh=True), clock)
     for step in range(1, steps + 1):
         began = clock.now
+        if rank == 0:
+            with timeline.switching([], ["engine.weights"]):
+                clock.now += 1
         with timeline.phase(Phase.GENERATE):
-            if rank == 0:
-                with timeline.switching(), timeline.move("engine", 10):
-                    clock.now += 1
             timeline.generating(4)
             clock.now = began + 5 + late_s
             timeline.at_work(1)
@@ -91,7 +91,7 @@ def test_who_did_what_when(tmp_path: Path, figures: list[Figure]) -> None:
     (figure,) = figures
     bar = module.BAR[1]
     assert boxes(figure) == {
-        "generate": [(0, 0, 12, bar), (1, 0, 12, bar)],
+        "generate": [(0, 1, 12, bar), (1, 0, 12, bar)],
         "update policy": [(0, 12, 17, bar), (1, 12, 17, bar)],
         "idle: long tail": [(0, 5, 7, 0.75 * bar), (1, 7, 9, 0.75 * bar)],
         "idle: verifying": [(0, 7, 8, bar), (1, 9, 10, bar)],

@@ -101,13 +101,10 @@ def test_a_rank_that_hangs_is_found_among_those_that_wait_for_it(ranks, tmp_path
     these = ranks("meet", "sleep", "meet")
     codes, said, seconds = these.end()
     assert codes == [STUCK] * 3
-    told = "".join(said)
-    first = told.index(ran_over(tmp_path))
-    culprit = re.match(r"\[rank (\d)\]", told[told.rfind("\n", 0, first) + 1 :])
-    assert culprit is not None, told
+    (first,) = (rank for rank, words in enumerate(said) if words.startswith(f"[rank {rank}] phase"))
     for rank, words in enumerate(said):  # one line each, and those of the others say whose it is
-        who = f"ended because rank {culprit[1]} on {socket.gethostname()} ended: "
-        assert words.startswith(f"[rank {rank}] {'' if rank == int(culprit[1]) else who}phase ")
+        who = f"ended because rank {first} on {socket.gethostname()} ended: "
+        assert words.startswith(f"[rank {rank}] {'' if rank == first else who}{ran_over(tmp_path)}")
         assert words.count("\n") == 1
     for rank, function in enumerate(("wait_for_the_others", "sleeps_for_ever")):
         assert f"in {function}\n" in these.stacks(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 
 import psutil
@@ -15,6 +16,8 @@ from megatron_prime.runtime.ledger import LedgerError, Limits
 from megatron_prime.runtime.memory import Buffer, Kept, Lent, Pieces, Remade
 from megatron_prime.runtime.mover import BudgetExceeded
 from megatron_prime.runtime.scheduler import DeviceFull, IllegalMove, PhaseScheduler
+from megatron_prime.runtime.timeline import Timeline
+from megatron_prime.runtime.trace import Trace
 
 CPU = torch.device("cpu")
 
@@ -166,6 +169,25 @@ def test_a_phase_has_a_deadline_and_a_place_in_the_timeline(clock):
     ]
     seconds = scheduler.take_seconds()
     assert (seconds["time/generate_s"], seconds["time/idle_switching_s"]) == (2.0, 0.5)
+
+
+def test_a_switch_is_idle_time_and_told_to_the_timeline(tmp_path) -> None:
+    _, buffers = model()
+    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler.add(buffers)
+    scheduler.timeline = Timeline(Trace(tmp_path, 0, fresh=True))
+    walk(scheduler, Phase.GENERATE, Phase.SCORE)
+    seconds = scheduler.take_seconds()
+    assert 0 < seconds["time/idle_switching_s"] < seconds["time/switch_s"]
+    path = scheduler.timeline.trace.path
+    scheduler.timeline.close()
+    events = [json.loads(line.rstrip(",")) for line in path.read_text().splitlines()[1:]]
+    moments, *weights = names = sorted(buffer.name for buffer in buffers)
+    assert [event["args"] for event in events if event.get("cat") == "moves"] == [
+        {"leave": names, "come": [], "bytes_to_host": 16000, "bytes_to_device": 0},
+        {"leave": [], "come": weights, "bytes_to_host": 0, "bytes_to_device": 8000},
+    ]
+    assert moments == "policy.moments"
 
 
 def test_peak_memory_is_this_process() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_metrics_are_means_over_those_who_sampled_and_sums_over_rounds(clock: Cl
             mine = one_round(timeline, clock)
             timeline.count([mine, Seconds(13, 5, 1, 3), None])
     clock.now += 9
-    with timeline.switching():
+    with timeline.switching([], []):
         clock.now += 1.5
     assert timeline.take_seconds() == {
         "time/busy_generating_s": 11 + 13,
@@ -121,6 +122,9 @@ def test_metrics_are_means_over_those_who_sampled_and_sums_over_rounds(clock: Cl
         "time/idle_switching_s": 1.5,
     }
     assert timeline.take_seconds() == NOTHING
+    with timeline.switching([], []):
+        clock.now += 0.5
+    assert timeline.take_seconds() == {"time/idle_switching_s": 0.5}
 
 
 @pytest.mark.parametrize("phase", [Phase.EVALUATE, None])
@@ -151,9 +155,10 @@ def test_a_round_that_broke_off_is_not_continued(clock: Clock) -> None:
 
 def test_what_is_drawn(tmp_path: Path, clock: Clock) -> None:
     timeline = Timeline(Trace(tmp_path, 2, fresh=True), clock)
+    with timeline.switching({"prm.weights"}, {"engine.weights", "a"}) as notes:
+        clock.now += 0.5
+        notes["bytes_to_host"] = 4096
     with timeline.phase(Phase.GENERATE):
-        with timeline.switching(), timeline.move("engine weights", 4096):
-            clock.now += 0.5
         one_round(timeline, clock)
         one_round(timeline, clock)
     timeline.step(7)
@@ -161,7 +166,7 @@ def test_what_is_drawn(tmp_path: Path, clock: Clock) -> None:
     spans = [(e["cat"], e["name"], at(e), e["dur"] / 1e6) for e in events if e["ph"] == "X"]
     spans = [(lane, name, start - spans[0][2], length) for lane, name, start, length in spans]
     assert spans == [
-        ("moves", "engine weights", 0, 0.5),
+        ("moves", "move", 0, 0.5),
         ("idle", "switching", 0, 0.5),
         ("rollouts", "round 1", 0.5, 14),
         ("checks", "checks", 6.5, 11),
@@ -171,7 +176,7 @@ def test_what_is_drawn(tmp_path: Path, clock: Clock) -> None:
         ("checks", "checks", 28.5, 11),
         ("idle", "verifying", 36.5, 3),
         ("idle", "straggling", 39.5, 5),
-        ("phases", "generate", 0, 44.5),
+        ("phases", "generate", 0.5, 44),
     ]
     levels = [(e["args"]["slots at work"], at(e)) for e in events if e["ph"] == "C"]
     first = levels[0][1]
@@ -180,8 +185,9 @@ def test_what_is_drawn(tmp_path: Path, clock: Clock) -> None:
         *((1, 22), (0.25, 32), (0, 36)),
     ]
     assert [e["args"] for e in events if e["ph"] == "i"] == [{"step": 7}]
-    moved = next(e for e in events if e["name"] == "engine weights")
-    assert moved["args"] == {"bytes": 4096}
+    (moved,) = (e["args"] for e in events if e.get("cat") == "moves")
+    wanted = {"leave": ["prm.weights"], "come": ["a", "engine.weights"], "bytes_to_host": 4096}
+    assert moved == wanted
 
 
 def test_a_long_tail_is_drawn_in_a_bounded_number_of_events(tmp_path: Path, clock: Clock) -> None:
@@ -205,15 +211,15 @@ def test_threads_may_tell_at_once(tmp_path: Path) -> None:
             timeline.generating(2)
             timeline.at_work(1)
             timeline.checked()
-            with timeline.move("m", 1):
-                pass
+            with timeline.switching([], []):
+                time.sleep(1e-5)
 
     threads = [threading.Thread(target=tell) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    moves = [event for event in written(timeline) if event["name"] == "m"]
+    moves = [event for event in written(timeline) if event["name"] == "move"]
     assert len(moves) == 4 * 300
 
 
