@@ -29,6 +29,7 @@ from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
+from megatron_prime.report.timeline import drawn_timeline
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.rollout.recorded import RecordedRollouts
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
@@ -51,7 +52,7 @@ def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
         tokenizer = load_tokenizer(config.model.hf)
-        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        verifier = stack.enter_context(verifier_pool(config, ranks))
         policy = policy_of(config)
         engines = {"policy": policy.engine}
         prm = reference = None
@@ -66,6 +67,11 @@ def train(config: RunConfig, launch: Launch) -> None:
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
         )
         note_start(config, config.run.folder, ranks)  # not of a start that was refused
+        timeline = stack.enter_context(
+            drawn_timeline(
+                ranks.timeline, config.run.folder, ranks.rank, ranks.world_size, state.step
+            )
+        )
         recorder = stack.enter_context(
             RunRecorder(
                 config.run.folder,
@@ -74,9 +80,11 @@ def train(config: RunConfig, launch: Launch) -> None:
                 state.step,
                 config.debug.save_rollouts,
                 config.rollout.mismatch_alarm,
+                timeline.step,
             )
         )
-        gpus.on_phase = recorder.phase
+        deadlines = launch.deadlines(config.run.folder, config.deadline)
+        gpus.on_phase, gpus.timeline, gpus.deadlines = recorder.phase, timeline, deadlines
         roles = Roles(
             prompts=stream,
             engine=engine,
@@ -91,7 +99,7 @@ def train(config: RunConfig, launch: Launch) -> None:
             signals=launch.signals,
             eval_prompts=eval_prompts(config, tokenizer),
         )
-        with launch.steps(agree=ranks.largest):
+        with launch.steps(agree=ranks.largest), deadlines:
             loop.run(config, roles, state)
         exported = config.run.folder / "hf"
         with gpus.phase(Phase.CHECKPOINT):
@@ -131,7 +139,7 @@ def rollout(config: RunConfig, launch: Launch) -> None:
         note_start(config, config.run.folder, ranks)
         tokenizer = load_tokenizer(config.model.hf)
         prompts = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
-        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        verifier = stack.enter_context(verifier_pool(config, ranks))
         engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
         engine.load_weights(CheckpointWeights(config.model.hf), version=0)
         folder = config.run.folder
@@ -149,7 +157,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         note_start(config, folder, ranks)
         tokenizer = load_tokenizer(config.model.hf)
         prompts = eval_prompts(config, tokenizer)
-        verifier = stack.enter_context(VerifierPool(config.verify.workers, config.verify.timeout_s))
+        verifier = stack.enter_context(verifier_pool(config, ranks))
         engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
         engine.load_weights(CheckpointWeights(config.model.hf), version=0)
         with launch.steps(agree=None):
@@ -188,6 +196,12 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
         transformer_config(shape, precision, config.megatron)
     with session(config, launch, config.parallel) as ranks:
         yield ranks
+
+
+def verifier_pool(config: RunConfig, ranks: WorldRanks) -> VerifierPool:
+    """This rank's checkers, already starting."""
+    knobs = config.verify
+    return VerifierPool(knobs.workers, knobs.timeout_s, timeline=ranks.timeline)
 
 
 def rollout_roles(
@@ -229,7 +243,15 @@ def rollout_engine(
         tp_group = parallel_state.get_tensor_model_parallel_group()
         near = launch.here.local_world_size
         engine = sglang_engine(
-            config, sizes, tokenizer, ranks.device, near, launch.store, tp_group, gives_memory
+            config,
+            sizes,
+            tokenizer,
+            ranks.device,
+            near,
+            launch.store,
+            tp_group,
+            gives_memory,
+            ranks.timeline,
         )
         stack.callback(engine.close)
         return engine
@@ -241,6 +263,7 @@ def rollout_engine(
         config.rollout.batch_size,
         tokenizer,
         ranks.device,
+        ranks.timeline,
     )
 
 

@@ -100,10 +100,15 @@ def _responses(prefix: str, groups: Sequence[VerifiedGroup]) -> Metrics:
 
 
 def of_time(seconds: Metrics, tokens: float) -> Metrics:
-    """A step's seconds by phase, their sum, and how fast responses were made."""
+    """A step's seconds by phase, their sum, and how fast responses were made.
+
+    `time/idle_…` and `time/busy_…` are parts of phases.
+    """
+    parts = ("time/idle_", "time/busy_")
+    whole = sum(value for name, value in seconds.items() if not name.startswith(parts))
     generate = seconds.get("time/generate_s", 0.0)
     rate = {"rollout/tokens_per_s": tokens / generate} if generate > 0 else {}
-    return {**seconds, "time/step_s": sum(seconds.values()), **rate}
+    return {**seconds, "time/step_s": whole, **rate}
 
 
 def explain_unfilled(

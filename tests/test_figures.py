@@ -169,6 +169,8 @@ def test_seconds_are_summed_and_tokens_counted_per_second_of_generation() -> Non
         "time/step_s": 5.5,
         "rollout/tokens_per_s": 25.0,
     }
+    parts = {"time/busy_generating_s": 2.5, "time/idle_long_tail_s": 1.0}
+    assert figures.of_time(seconds | parts, tokens=100)["time/step_s"] == 5.5
     assert figures.of_time({"time/score_s": 1.5}, tokens=100) == {
         "time/score_s": 1.5,
         "time/step_s": 1.5,

@@ -9,7 +9,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +131,16 @@ class Decoder:
 
 @torch.inference_mode()
 def decode(
-    model: Any, requests: Sequence[Request], sampling: Sampling, eos_ids: Sequence[int]
+    model: Any,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    at_work: Callable[[int], None] = lambda rows: None,
 ) -> list[Response]:
     """Sample a response to each request, all in one batch, in the order of the requests.
 
-    Raises NotFinite if the model's logits are not finite.
+    `at_work` is told, token by token, how many responses have not ended. Raises NotFinite if the
+    model's logits are not finite.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -161,6 +166,7 @@ def decode(
         still_going = int((~ended).sum())
         if still_going == 0 or t + 1 == sampling.max_tokens:
             break
+        at_work(still_going)
         if 2 * still_going <= len(ended):
             rows = (~ended).nonzero()[:, 0]
             decoder.take_rows(rows)

@@ -21,6 +21,7 @@ from megatron_prime.errors import RunError
 from megatron_prime.protocols import Tally
 from megatron_prime.rollout.sglang_answers import Sample, SampleRequest
 from megatron_prime.rollout.sglang_client import ServerLost, ServerSlow, SglangClient
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Prompt, Rollout, Sampling, VersionSpan
 
 WATCH_S = 0.25  # between looks at process and tally
@@ -75,9 +76,10 @@ class PassRunner:
         version: int,
         name: str,
         decode: Callable[[Sequence[int]], str],
+        timeline: Timeline,
     ) -> None:
         """`alive`: whether the server's process runs; `name`: of the pass, part of request ids."""
-        self._name = name
+        self._name, self._timeline = name, timeline
         self._client, self._alive, self._limits = client, alive, limits
         self._stop_ids, self._version, self._decode = stop_ids, version, decode
         self._last_sign = time.monotonic()
@@ -98,19 +100,25 @@ class PassRunner:
         Raises RunError for answers that no restart would mend (see `sglang_answers.py`).
         """
 
+        at_work = slots = self._limits.in_flight  # prompts, from when there is none left to take
+        self._timeline.generating(slots)
+
         async def worker() -> None:
+            nonlocal at_work
             while not self._aborting:
                 number = await asyncio.to_thread(take)
                 if number >= len(prompts):
-                    return
+                    break
                 prompt = prompts[number]
                 group = await self._answer(prompt, sampling, partials.get(prompt.prompt_id))
                 self._last_sign = time.monotonic()
                 if group is not None:
                     self._result.answered.append(prompt.prompt_id)
                     emit(group)
+            at_work -= 1
+            self._timeline.at_work(at_work)
 
-        workers = [asyncio.ensure_future(worker()) for _ in range(self._limits.in_flight)]
+        workers = [asyncio.ensure_future(worker()) for _ in range(slots)]
         watches = [asyncio.ensure_future(watch) for watch in (self._probe(), self._look(enough))]
         try:
             await _all_or_first_error(workers, watches)
@@ -120,6 +128,7 @@ class PassRunner:
             for task in (*workers, *watches):
                 task.cancel()
             await asyncio.gather(*workers, *watches, return_exceptions=True)
+            self._timeline.generated()
         return self._result
 
     async def _answer(

@@ -19,6 +19,7 @@ from megatron_prime.config import ConfigError
 from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.decoding import Request, decode
 from megatron_prime.runtime.memory import Buffer, Pieces, Remade
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Metrics, Prompt, Rollout, Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,7 @@ class LocalEngine:
         batch_size: int,
         tokenizer: Tokenizer,
         device: torch.device | str,
+        timeline: Timeline | None = None,
     ) -> None:
         """Build the model that `hf_dir`/config.json describes, without weights worth the name.
 
@@ -54,7 +56,7 @@ class LocalEngine:
         ends a response.
         """
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self.tokenizer = tokenizer
+        self.tokenizer, self.timeline = tokenizer, timeline or Timeline()
         self.eos_ids = end_of_sequence_ids(tokenizer, hf_dir)
         with torch.device(device):
             self.model: Any = AutoModelForCausalLM.from_config(
@@ -142,15 +144,22 @@ class LocalEngine:
         size = whole_groups or self.batch_size  # a group larger than a batch spans several
         waiting: list[Rollout] = []
         prompts = iter(share)
+        self.timeline.generating(slots=min(size, len(requests)))
         for start in range(0, len(requests), size):
             if enough is not None and enough.reached():
-                return
-            waiting += self._rollouts(requests[start : start + size], sampling)
+                break
+            batch = requests[start : start + size]
+            self.timeline.at_work(len(batch))
+            waiting += self._rollouts(batch, sampling)
+            if start + size >= len(requests):
+                self.timeline.generated()
             while len(waiting) >= count:
                 yield Group(next(prompts), tuple(waiting[:count]))
                 del waiting[:count]
+        self.timeline.generated()
 
     def _rollouts(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        at_work = self.timeline.at_work
         return [
             Rollout(
                 response_ids=response.token_ids,
@@ -159,7 +168,7 @@ class LocalEngine:
                 policy_version=self.version,
                 text=self.tokenizer.decode(response.token_ids, skip_special_tokens=True),
             )
-            for response in decode(self.model, requests, sampling, self.eos_ids)
+            for response in decode(self.model, requests, sampling, self.eos_ids, at_work)
         ]
 
 

@@ -31,6 +31,7 @@ from megatron_prime.rollout.sglang_answers import SglangError
 from megatron_prime.rollout.sglang_server import ServerNotStarted
 from megatron_prime.rollout.weight_sync import LOADER, Problem, WeightSync
 from megatron_prime.runtime.memory import Buffer
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Metrics, Prompt, Sampling
 
 
@@ -51,10 +52,12 @@ class SglangEngine:
         tokenizer: Tokenizer,
         stop_ids: Sequence[int],
         store: Store,
+        timeline: Timeline | None = None,
     ) -> None:
         """`stop_ids` end a response; `store`: where the leaders share out the prompts."""
         self._group, self._sync, self._knobs = group, sync, knobs
         self._tokenizer, self._stop_ids, self._store = tokenizer, stop_ids, store
+        self._timeline = timeline or Timeline()
         self._weights: WeightSource | None = None
         self._ready = False
         self._passes = 0
@@ -155,13 +158,15 @@ class SglangEngine:
             self.version,
             f"{self.version}-{self._passes}",
             self._text,
+            self._timeline,
         )
         ready: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         take = self._shared_counter()
         running = self._group.ask(runner.run(prompts, sampling, partials, take, ready.put, enough))
         running.add_done_callback(lambda _: ready.put(None))
         while (group := ready.get()) is not None:
-            self._count("rollout/continued_tokens", _continued_tokens(group))
+            older = (span.tokens for rollout in group.rollouts for span in rollout.older_spans)
+            self._count("rollout/continued_tokens", sum(older))  # sampled in an earlier round
             yield group
         report = running.result()
         if report.problem is not None:  # it starts while the others go on
@@ -292,8 +297,3 @@ def in_flight(prompts: int, servers: int, most: int) -> int:
     """
     share = -(-prompts // servers)
     return min(most, share if servers == 1 else -(-share * 3 // 4))
-
-
-def _continued_tokens(group: Group) -> int:
-    """Tokens that were sampled in an earlier round."""
-    return sum(span.tokens for rollout in group.rollouts for span in rollout.older_spans)

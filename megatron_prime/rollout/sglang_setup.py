@@ -21,6 +21,7 @@ from megatron_prime.rollout.local_engine import DTYPES, end_of_sequence_ids
 from megatron_prime.rollout.sglang_arguments import ServerSpec
 from megatron_prime.rollout.sglang_engine import SglangEngine
 from megatron_prime.rollout.weight_sync import LOADER, WeightSync
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.weights.placement import BLOCK, EngineLayout, TrainingLayout
 from megatron_prime.weights.plan import ReshardPlan, make_plan
 from megatron_prime.weights.reshard import Reshard
@@ -42,6 +43,7 @@ def sglang_engine(
     store: Store | None,
     tp_group: dist.ProcessGroup | None,
     gives_memory: bool = False,
+    timeline: Timeline | None = None,
 ) -> SglangEngine:
     """Start this rank's server, without waiting for it, and plan how it gets its weights.
 
@@ -70,6 +72,7 @@ def sglang_engine(
         tokenizer,
         end_of_sequence_ids(tokenizer, config.model.hf),
         store or dist.HashStore(),  # type: ignore[attr-defined]
+        timeline,
     )
 
 

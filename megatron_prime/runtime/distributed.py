@@ -22,6 +22,7 @@ from megatron_prime.config import ConfigError, FilterSection, ParallelSizes
 from megatron_prime.protocols import Tally
 from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Prompt, VerifiedGroup
 
 
@@ -109,7 +110,10 @@ class WorldRanks:
     """The `Ranks` role: which process this is, and gathering from all the others."""
 
     def __init__(self, timeout_s: float, store: Store | None = None) -> None:
-        """`store`: where the ranks count together; one process alone needs none."""
+        """`store`: where the ranks count together; one process alone needs none.
+
+        `timeline` is this rank's: it is told when all have met, and gets all ranks' seconds.
+        """
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = torch.device(torch.cuda.current_device())  # the shim's is the CPU
@@ -119,6 +123,7 @@ class WorldRanks:
         if store is None and self.world_size == 1:
             self._store = dist.HashStore()  # type: ignore[attr-defined]
         self._tallies = 0
+        self.timeline = Timeline()
 
     def tally(self, goal: int, window: FilterSection) -> StoreTally:
         """A count from 0 to `goal` of groups that pass; all ranks ask for it, in the same order."""
@@ -137,11 +142,15 @@ class WorldRanks:
         Raises RuntimeError if they are not one group per prompt; without those that are missing
         only if `enough` is reached.
         """
-        per_rank: list[list[VerifiedGroup]] = [[]] * self.world_size
-        dist.all_gather_object(per_rank, list(groups), group=self._objects)
-        found = {group.prompt.prompt_id: group for part in per_rank for group in part}
+        dist.barrier(self._objects)  # the waiting is over before the copying begins
+        mine = (list(groups), self.timeline.met())
+        per_rank = [mine] * self.world_size
+        dist.all_gather_object(per_rank, mine, group=self._objects)
+        self.timeline.count([seconds for _, seconds in per_rank])
+        gathered = [group for part, _ in per_rank for group in part]
+        found = {group.prompt.prompt_id: group for group in gathered}
         wanted = [prompt.prompt_id for prompt in prompts]
-        count = sum(map(len, per_rank))
+        count = len(gathered)
         # Nobody adds to the tally any more: what it says now is the same on all ranks.
         may_miss = enough is not None and enough.reached()
         if (

@@ -2,8 +2,8 @@
 
 The lines are TCP connections on which both sides say `beat` every few seconds, as lines of JSON.
 
-    rank → hub   hello (rank, host, token)   beat (patience_s)   failed (error)   bye
-    hub → rank   welcome                     beat (patience_s)   ended (rank, host, error)   bye
+    rank → hub   hello (rank, host, token)   beat (patience_s)   failed (error, stuck)        bye
+    hub → rank   welcome                     beat (patience_s)   ended (rank, host, error, …)  bye
 
 A rank has ended when it says so, when its line breaks off without a `bye` (the kernel closes it
 within milliseconds of a kill -9 or a crash), or when nothing was heard of it for as long as it had
@@ -33,6 +33,7 @@ class Ending(NamedTuple):
     rank: int
     host: str
     error: str
+    stuck: bool = False  # a phase of it lasted too long
 
 
 def encode(kind: str, **fields: Any) -> bytes:
@@ -172,7 +173,7 @@ class Hub:
         elif kind == "beat":
             member.patience_s = float(message["patience_s"])
         elif kind == "failed":
-            self._end(member, str(message["error"]))
+            self._end(member, str(message["error"]), bool(message.get("stuck")))
         elif kind == "bye":
             self._done.add(member.rank)
             if len(self._done) == self._world_size:
@@ -191,11 +192,11 @@ class Hub:
             absent = ", ".join(str(rank) for rank in range(self._world_size) if rank not in here)
             self._end(None, f"after run.timeout_s = {self._timeout_s:g} s it waits for {absent}")
 
-    def _end(self, member: _Member | None, error: str) -> None:
+    def _end(self, member: _Member | None, error: str, stuck: bool = False) -> None:
         """Tell all ranks, once."""
         if self._ending is None and self._leave_at == float("inf"):
             rank, host = (member.rank, member.host) if member else (0, socket.gethostname())
-            self._ending = Ending(rank, host, error)
+            self._ending = Ending(rank, host, error, stuck)
             self._tell("ended", **self._ending._asdict())
             self._leave_at = time.monotonic() + SERVED_S
 

@@ -7,30 +7,40 @@ where the process groups meet later) and under a watchdog. `Launch` is what a co
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, DeadlineSection
 from megatron_prime.errors import OtherRankFailed, RunError
+from megatron_prime.protocols import Phase
+from megatron_prime.runtime.deadline import Deadlines
 from megatron_prime.runtime.hub import Hub
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.signals import SAVED, StopSignals
 from megatron_prime.runtime.watchdog import (
-    ENDED,
+    SHOW_CURSOR,
     STARTING,
+    STUCK,
     Watchdog,
     beat_seconds,
+    code_of,
     ended_because,
     say,
 )
+
+SILENT = 0.8  # of `run.lost_after_s`: a rank as silent as that leaves its stacks behind
+STACKS_S = 1.0  # for the others to write their stacks before connections to this rank break
 
 
 class RanksDontMeet(RunError, OSError):
@@ -114,7 +124,7 @@ class Launch:
         ending = self._watchdog.failed(line, echo) if self._watchdog else None
         if ending and echo and ending.rank != rank:
             say(ended_because(rank, ending))
-            return ENDED
+            return code_of(ending)
         if ending and ending.rank == rank and not line.startswith(ending.error):
             say(f"[rank {rank}] the others ended without this rank: {ending.error}")
         elif ending is None or ending.rank == rank or not line.startswith(ending.error):
@@ -122,6 +132,28 @@ class Launch:
         if isinstance(error, KeyboardInterrupt):
             return 128 + signal.SIGINT
         return 2 if isinstance(error, ConfigError) else 1
+
+    def deadlines(self, folder: Path, knobs: DeadlineSection) -> Deadlines:
+        """Of this rank's phases; when one passes, on any rank, all write their stacks and end."""
+        seconds = {phase: getattr(knobs, f"{phase.value}_s") for phase in Phase}
+        silent_s = SILENT * self._lost_after_s if self._watchdog else math.inf
+        deadlines = Deadlines(folder, self.here.rank, seconds, self._stuck, silent_s)
+        if self._watchdog:
+            self._watchdog.on_end = deadlines.part
+        return deadlines
+
+    def _stuck(self, error: str) -> None:
+        """End now: a phase of this rank met its deadline. Runs in the deadlines' thread."""
+        rank, watchdog = self.here.rank, self._watchdog
+        ending = watchdog.failed(error, echo=False, stuck=True) if watchdog else None
+        other = ending is not None and ending.rank != rank
+        if os.isatty(1):
+            os.write(1, SHOW_CURSOR)
+        say(ended_because(rank, ending) if ending and other else f"[rank {rank}] {error}")
+        if watchdog:
+            time.sleep(STACKS_S)
+            watchdog.linger()
+        os._exit(code_of(ending) if ending else STUCK)
 
     def _left(self, number: signal.Signals) -> None:
         """End now: a signal came where nothing can be saved. Runs in the signals' thread."""

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,13 +40,16 @@ class RunRecorder:
         resume_step: int = 0,
         save_rollouts: bool = False,
         mismatch_alarm: float | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Write into `folder`; `resume_step` steps are done already, 0 starts afresh.
 
         A fresh start moves an older metrics.jsonl to metrics.previous.jsonl and, if it saves its
         rollouts, older ones to rollouts.previous. Raises MetricsError if the file to be continued
         is damaged. `mismatch_alarm`: what is said of a step that `rollout/mismatch_alarm` marks.
+        `on_step`: told of each step that is logged, on every rank.
         """
+        self._on_step = on_step
         self._mismatch_alarm = mismatch_alarm
         self._last_step = resume_step or -1
         self._total_steps = total_steps
@@ -71,6 +74,7 @@ class RunRecorder:
                 "resume_step, the number of steps its checkpoint has done"
             )
         self._last_step = step
+        self._on_step(step)
         if self._outputs and metrics:
             self._outputs.log(step, metrics)
             if metrics.get("rollout/mismatch_alarm"):

@@ -13,16 +13,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from megatron_prime.errors import RunError
-from megatron_prime.planner.residency import ALL, MOVES, START, WRITTEN
+from megatron_prime.planner.residency import ALL, MOVES, START, WRITTEN, Buffers
 from megatron_prime.protocols import Phase
+from megatron_prime.runtime.deadline import Deadlines
 from megatron_prime.runtime.ledger import GIB, Ledger, Limits
 from megatron_prime.runtime.memory import Buffer
 from megatron_prime.runtime.mover import BudgetExceeded, Moved, Mover
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Metrics
 
 _CPU_IS_FULL = "can't allocate memory"  # of the RuntimeError that torch's CPU allocator raises
@@ -42,6 +44,8 @@ class PhaseScheduler:
     def __init__(self, limits: Limits, device: torch.device) -> None:
         """With nothing on the device yet."""
         self.on_phase: Callable[[Phase], None] = lambda phase: None  # told before anything moves
+        self.timeline = Timeline()
+        self.deadlines: Deadlines | None = None
         self._limits = limits
         self._mover = Mover(limits.budget, device)
         self._ledger = Ledger(limits, self._mover.buffers)
@@ -81,10 +85,10 @@ class PhaseScheduler:
         self.on_phase(phase)
         self._current = phase
         try:
-            with self._full_is_told(phase.value):
+            with self._full_is_told(phase.value), self._watched(phase):
                 with self._counted("switch"):
                     self._arrange(phase.value)
-                with self._counted(phase.value):
+                with self._counted(phase.value), self.timeline.phase(phase):
                     yield
                     if torch.cuda.is_initialized():
                         torch.cuda.synchronize()
@@ -93,9 +97,11 @@ class PhaseScheduler:
             self._current, self._last = None, phase.value
 
     def take_seconds(self) -> Metrics:
-        """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves."""
+        """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves, and the
+        idle times."""
         taken, self._seconds = self._seconds, {}
-        return {f"time/{name}_s": seconds for name, seconds in taken.items()}
+        seconds = {f"time/{name}_s": seconds for name, seconds in taken.items()}
+        return seconds | self.timeline.take_seconds()
 
     def peak_memory(self) -> Metrics:
         """In GiB: the most that this process has held so far, on the host and on a GPU; what all
@@ -129,7 +135,7 @@ class PhaseScheduler:
     def _arrange(self, name: str) -> None:
         """Move the difference, then assert that it is so."""
         row = self._limits.table[name]
-        self._mover.switch(row)
+        self._switch(row)
         held = self._ledger.check(name, row)
         self._memory[f"memory/{name}_device_gib"] = held / GIB
         budget, work = self._limits.budget, self._limits.work.get(name, 0)
@@ -138,6 +144,21 @@ class PhaseScheduler:
                 f"it needs {work / GIB:.3f} GiB to work with, but its buffers hold "
                 f"{held / GIB:.3f} GiB of {budget / GIB:.3f} GiB"
             )
+
+    def _switch(self, row: Buffers) -> None:
+        mover, moved = self._mover, self._mover.moved
+        wanted = row & mover.buffers.keys()
+        leaving, coming = mover.present - wanted, wanted - mover.present
+        if not leaving and not coming:
+            return
+        to_host, to_device = moved.to_host, moved.to_device
+        with self.timeline.switching(leaving, coming) as notes:
+            mover.switch(row)
+            notes["bytes_to_host"] = moved.to_host - to_host
+            notes["bytes_to_device"] = moved.to_device - to_device
+
+    def _watched(self, phase: Phase) -> AbstractContextManager[None]:
+        return nullcontext() if self.deadlines is None else self.deadlines.phase(phase)
 
     @contextmanager
     def _counted(self, name: str) -> Iterator[None]:

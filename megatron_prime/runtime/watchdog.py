@@ -7,9 +7,10 @@ thread with a line to the hub on rank 0 (`hub.py`), over which it hears of the o
 - one that is killed or crashes is noticed by its broken line, at once; rank 0 too, by everybody;
 - one that is frozen, or whose machine is gone, is noticed by its silence.
 
-Then the thread says `[rank 2] ended because rank 5 on HOST ended: …` and leaves with ENDED, without
-asking the main thread, which may wait in a collective for ever. It gives that one second: a rank
-that meets the same error by itself then keeps quiet about it.
+Then the thread says `[rank 2] ended because rank 5 on HOST ended: …` and leaves with ENDED (with
+STUCK if a phase met its deadline there, see `deadline.py`), without asking the main thread, which
+may wait in a collective for ever. It gives that one second: a rank that meets the same error by
+itself then keeps quiet about it.
 
 How long may a rank be silent? The thread beats while the main thread waits or computes: torch,
 gloo, NCCL and file reads let other Python threads run. Silent is only who holds the interpreter's
@@ -26,16 +27,19 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from megatron_prime.runtime.hub import Ending, Hub, Line
 
 ENDED = 69  # sysexits' EX_UNAVAILABLE: another rank ended
+STUCK = 70  # sysexits' EX_SOFTWARE: a phase lasted longer than its deadline, on any rank
 STARTING = 6
 GRACE_S = 1.0  # for the main thread to meet the same error
 ECHO_S = 15.0  # for the rank that failed to report it: it may have to unwind first
 LINGER_S = 5.0  # for the others to leave before rank 0
 VERDICT_S = 10.0  # for the hub to say who ended first
+STUCK_VERDICT_S = 3.0  # the same, when rank 0 may be stuck itself
 SHOW_CURSOR = b"\x1b[?25h"  # the live display hides it, and has no time to bring it back
 LONGEST_ERROR = 4000  # characters of it that are passed on
 
@@ -71,24 +75,25 @@ class Watchdog:
         self._welcome, self._over = threading.Event(), threading.Event()
         self._known, self._failing = threading.Event(), threading.Event()
         self.ending: Ending | None = None
+        self.on_end: Callable[[bool], None] = lambda stuck: None  # before the process is ended
         os.register_at_fork(after_in_child=self._line.connection.close)  # it is the parent's
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.be_patient(STARTING * lost_after_s)
         self._thread.start()
         self._await(self._welcome)
 
-    def failed(self, error: str, echo: bool) -> Ending | None:
+    def failed(self, error: str, echo: bool, stuck: bool = False) -> Ending | None:
         """Report this rank's end; who ended first, or None if the hub does not answer.
 
         An `echo` is an error that another rank's end may have caused, such as a broken connection:
-        it is reported only if no other rank turns out to have ended.
+        it is reported only if no other rank turns out to have ended. `stuck`: a deadline passed.
         """
         self._failing.set()
         if echo:
             self._known.wait(ECHO_S)
         if not self._known.is_set():
-            self._line.send("failed", error=error[:LONGEST_ERROR])
-            self._known.wait(VERDICT_S)
+            self._line.send("failed", error=error[:LONGEST_ERROR], stuck=stuck)
+            self._known.wait(STUCK_VERDICT_S if stuck else VERDICT_S)
         return self.ending
 
     def finish(self) -> None:
@@ -161,13 +166,22 @@ class Watchdog:
     def _conclude(self, ending: Ending) -> None:
         """End this process, unless its main thread is about to do so by itself."""
         self.ending = ending
+        if ending.stuck:
+            self.on_end(True)  # while all threads are still where they were
         self._known.set()
         if not self._failing.wait(GRACE_S):
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
             say(ended_because(self.rank, ending))
+            if not ending.stuck:
+                self.on_end(False)
             self.linger()
-            os._exit(ENDED)
+            os._exit(code_of(ending))
+
+
+def code_of(ending: Ending) -> int:
+    """The exit code of a rank that ends because of another."""
+    return STUCK if ending.stuck else ENDED
 
 
 def ended_because(rank: int, ending: Ending) -> str:

@@ -24,6 +24,7 @@ from typing import Self
 import megatron_prime
 from megatron_prime.protocols import Tally
 from megatron_prime.runtime.signals import block_stop_signals
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, VerifiedGroup
 from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
 
@@ -37,11 +38,15 @@ class VerifierPool:
     """
 
     def __init__(
-        self, workers: int, timeout_s: float, command: Sequence[str] | None = None
+        self,
+        workers: int,
+        timeout_s: float,
+        command: Sequence[str] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         if command is None:
             command = (sys.executable, "-m", "megatron_prime.verify.worker", str(os.getpid()))
-        self._timeout_s = timeout_s
+        self._timeout_s, self._timeline = timeout_s, timeline or Timeline()
         self._ids = itertools.count()
         self._workers = [_Worker(command) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -110,6 +115,7 @@ class VerifierPool:
                 f" {prompt.ability!r}, wanted one with a checker ({supported});"
                 " leave the others out of the data"
             )
+        self._timeline.checking()
         return [
             self._threads.submit(
                 self._check,
@@ -128,6 +134,7 @@ class VerifierPool:
         finally:
             self._idle.put(worker)
         checked.take(sample, reward)
+        self._timeline.checked()
 
 
 class _Checked:

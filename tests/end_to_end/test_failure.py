@@ -5,6 +5,7 @@ The runs of one chain continue each other, and must together have the figures of
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,22 @@ def test_another_rank_killed_while_a_checkpoint_is_written(job: Job, full: str) 
     with Ranks(job, 4, "writer") as ranks:
         assert ranks.codes(within_s=600) == [0] * 4
     assert_same_figures(job, full, "writer")
+
+
+def test_a_phase_that_takes_too_long(job: Job) -> None:
+    """Nothing hangs here; the deadlines are such that no phase can keep them."""
+    phases = ("evaluate", "generate", "score", "update_prm", "update_policy")
+    with Ranks(job, 4, "stuck", *(f"--deadline.{phase}_s=0.001" for phase in phases)) as ranks:
+        assert ranks.codes(within_s=300) == [70] * 4, ranks.said
+        said = ranks.said
+    assert re.search(r"phase \w+ has lasted longer than 0\.001 s on this rank", said)
+    stacks = sorted((job.run("stuck") / "stuck").iterdir())
+    assert [path.name for path in stacks] == [f"rank_{rank:05d}.txt" for rank in range(4)]
+    for path in stacks:
+        assert "loop.py" in path.read_text(), "where the main thread is"
+    with Ranks(job, 4, "stuck", "--run.steps=1") as ranks:
+        assert ranks.codes(within_s=300) == [0] * 4, ranks.said
+    assert stacks == sorted((job.run("stuck") / "stuck").iterdir()), "to be looked at later"
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ import pytest
 from job import ROOT, Job, layout, reproducible
 
 from megatron_prime.config_file import load
+from megatron_prime.protocols import Phase
+from megatron_prime.report.timeline import Span, read_events
+from megatron_prime.runtime.trace import rank_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
-STEPS = 6
+STEPS, RANKS = 6, 4
 # Before the PRM's first update it equals the reference, and its order of two answers is rounding.
 LEFT_TO_ROUNDING = {"prm/pair_accuracy_before"}
 
@@ -53,9 +57,8 @@ def test_every_documented_figure_is_logged_and_every_figure_documented(job: Job,
     assert set(steps[0]) > {"evaluate/accuracy"}
     assert [step for step in steps if "evaluate/accuracy" in steps[step]] == [0, 3, 6]
     found = set[str]().union(*steps.values())
-    phases = {
-        name for name in found if re.fullmatch(r"time/[a-z_]+_s|memory/[a-z_]+_device_gib", name)
-    }
+    phases = {f"time/{phase.value}_s" for phase in Phase} | {"time/step_s", "time/switch_s"}
+    phases |= {name for name in found if re.fullmatch(r"memory/[a-z_]+_device_gib", name)}
     names = {name for name in documented() if not (name.startswith("sft/") or seen_elsewhere(name))}
     only_on_gpus = {"memory/device_peak_gib", "memory/device_used_gib", "prm/fp8_logprob_error"}
     of_phases = {"time/<phase>_s", "time/step_s", "memory/<phase>_device_gib"}
@@ -77,9 +80,48 @@ def test_the_figures_fit_together(job: Job, full: str) -> None:
         seconds = [
             value
             for name, value in record.items()
-            if name.startswith("time/") and name != "time/step_s"
+            if re.fullmatch(r"time/(?!idle_|busy_|step_)[a-z_]+_s", name)
         ]
         assert record["time/step_s"] == pytest.approx(sum(seconds))
+
+
+def test_the_time_of_generation_is_told_apart_by_cause(job: Job, full: str) -> None:
+    """What each rank's trace says of its rounds: parts that fill them, and make up the metrics."""
+    parts = ("busy", "long_tail", "verifying", "straggling")
+    rounds: list[dict[int, list[dict[str, float]]]] = []
+    for rank in range(RANKS):
+        path = rank_file(job.run(full), rank)
+        events = read_events(path)
+        phases = [span for span in events.spans if span.name == "generate"]
+        assert len(phases) == STEPS
+        rounds.append({step: [] for step in range(1, STEPS + 1)})
+        for line in path.read_text().splitlines():
+            if '"cat":"rollouts"' not in line:
+                continue
+            event = json.loads(line.rstrip(","))
+            began, seconds = event["ts"] / 1e6, event["args"]
+            inside = [n for n, p in enumerate(phases, 1) if p.start <= began <= p.end]
+            if not inside:  # of an evaluation
+                continue
+            (step,) = inside
+            assert min(seconds.values()) >= 0
+            assert began + sum(seconds.values()) <= phases[step - 1].end + 1e-3
+            worked = event["dur"] / 1e6
+            assert seconds["busy"] + seconds["long_tail"] == pytest.approx(worked, abs=1e-5)
+            rounds[rank][step].append(seconds)
+        accounted = sum(sum(s.values()) for found in rounds[rank].values() for s in found)
+        assert accounted > 0.5 * sum(map(length, phases)), "most of the phase is in some account"
+    for step, record in list(job.metrics(full).items())[1:]:
+        assert {len(found[step]) for found in rounds} == {record["rollout/rounds"]}
+        for part in parts:
+            name = "time/busy_generating_s" if part == "busy" else f"time/idle_{part}_s"
+            sums = [sum(seconds[part] for seconds in found[step]) for found in rounds]
+            assert record[name] == pytest.approx(sum(sums) / RANKS, abs=1e-6)
+        assert record["time/idle_switching_s"] == 0, "everything fits"
+
+
+def length(span: Span) -> float:
+    return span.end - span.start
 
 
 def test_a_run_leaves_everything_to_look_at(job: Job, full: str) -> None:
@@ -92,6 +134,9 @@ def test_a_run_leaves_everything_to_look_at(job: Job, full: str) -> None:
     picture = imread(folder / "curves.png")
     assert min(picture.shape[:2]) > 300
     assert picture[..., :3].std() > 0.05, "an empty picture"
+    assert imread(folder / "timeline.png")[..., :3].std() > 0.05, "an empty picture"
+    assert len(list((folder / "timeline").iterdir())) == RANKS
+    assert not (folder / "stuck").exists()
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     curve = {event.step: event.value for event in events.Scalars("rollout/accuracy")}
     steps = job.metrics(full)

@@ -12,6 +12,7 @@ from megatron_prime.rollout.generation import Limits, Pass, PassRunner, sampling
 from megatron_prime.rollout.sglang_answers import Sample, SampleRequest
 from megatron_prime.rollout.sglang_client import ServerSlow
 from megatron_prime.rollout.sglang_engine import in_flight
+from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Prompt, Sampling
 
 PROMPTS = [Prompt(i, (5, 6 + i), "", "math", "test") for i in range(7)]
@@ -50,7 +51,7 @@ class Client:
 
 def run(client: Client, in_flight: int = 3) -> tuple[Pass, list[Group]]:
     limits = Limits(in_flight, request_s=5.0, hang_s=400.0, keep_partial=False)
-    runner = PassRunner(client, lambda: True, limits, [STOP], 4, "p", str)  # type: ignore[arg-type]
+    runner = PassRunner(client, lambda: True, limits, [STOP], 4, "p", str, Timeline())  # type: ignore[arg-type]
     groups: list[Group] = []
     counter = itertools.count()
     take = lambda: next(counter)  # noqa: E731
@@ -84,6 +85,30 @@ def test_a_server_that_stays_slow_ends_the_pass(client: Client) -> None:
     assert found.problem == "no answer within 5 s"
     assert (found.answered, groups) == ([], [])
     assert len(client.calls) == (1 if not client.well else 2)
+
+
+def test_prompts_that_nobody_follows_leave_slots_empty() -> None:
+    """Two slots, three prompts of 0.4, 1.2 and 0.4 s: one slot has nothing to do for 0.4 s."""
+
+    class Slow(Client):
+        async def generate(self, requests: Sequence[SampleRequest], *args: object) -> list[Sample]:
+            await asyncio.sleep({0: 0.4, 1: 1.2, 2: 0.4}[requests[0].input_ids[1] - 6])
+            return await super().generate(requests, *args)  # type: ignore[arg-type]
+
+    timeline = Timeline()
+    limits = Limits(2, request_s=5.0, hang_s=400.0, keep_partial=False)
+    runner = PassRunner(
+        Slow(),  # type: ignore[arg-type]
+        *(lambda: True, limits, [STOP], 4, "p", str, timeline),
+    )
+    counter = itertools.count()
+    run = runner.run(PROMPTS[:3], SAMPLING, {}, lambda: next(counter), lambda group: None, None)
+    asyncio.run(run)
+    seconds = timeline.met()
+    assert seconds is not None
+    assert seconds.long_tail == pytest.approx(0.4 / 2, abs=0.08)
+    assert seconds.busy == pytest.approx(1.2 - 0.4 / 2, abs=0.15)
+    assert seconds.verifying == 0
 
 
 def test_seeds_belong_to_the_response() -> None:

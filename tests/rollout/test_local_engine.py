@@ -66,6 +66,37 @@ def test_rollouts_do_not_depend_on_the_number_of_ranks(
     assert_same_rollouts(together, by_prompt(engine.generate(prompts, SAMPLING)))
 
 
+@pytest.mark.parametrize("batch_size", [4, 12, 64])
+def test_the_timeline_hears_how_many_responses_have_not_ended(
+    make_engine, model, prompts, batch_size
+):
+    """After each token: those that are longer, by the rollouts themselves."""
+    told = []
+
+    class Heard:
+        def generating(self, slots):
+            told.append(("slots", slots))
+
+        def at_work(self, slots):
+            told.append(slots)
+
+        def generated(self):
+            told.append("generated")
+
+    engine = make_engine(batch_size=batch_size)
+    engine.timeline = Heard()
+    engine.load_weights(Given(model.named_parameters()), version=3)
+    groups = list(engine.generate(prompts, SAMPLING))
+    lengths = [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
+    batches = [lengths[n : n + batch_size] for n in range(0, len(lengths), batch_size)]
+    wanted = [("slots", min(batch_size, len(lengths)))]
+    for batch in batches:
+        going = [sum(n > t for n in batch) for t in range(1, SAMPLING.max_tokens)]
+        wanted += [len(batch), *filter(None, going)]
+    assert told == [*wanted, "generated", "generated"]
+    assert len(set(lengths)) > 2
+
+
 def test_a_group_comes_as_soon_as_its_batch_is_done(make_engine, model, prompts, monkeypatch):
     engine = make_engine(batch_size=8)
     engine.load_weights(Given(model.named_parameters()), version=0)

@@ -179,3 +179,12 @@ def test_a_marked_step_is_called_out(tmp_path, capsys):
     with RunRecorder(tmp_path / "other", 10, rank=1, mismatch_alarm=0.05) as recorder:
         recorder.log(1, marked)
     assert capsys.readouterr().out == ""
+
+
+def test_every_rank_s_timeline_hears_of_the_steps(tmp_path):
+    for rank in (0, 1):
+        heard = []
+        with RunRecorder(tmp_path, 10, rank=rank, on_step=heard.append) as recorder:
+            recorder.log(0, {})
+            recorder.log(1, METRICS)
+        assert heard == [0, 1]

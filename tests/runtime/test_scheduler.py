@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
+
 import psutil
 import pytest
 import torch
@@ -13,6 +16,8 @@ from megatron_prime.runtime.ledger import LedgerError, Limits
 from megatron_prime.runtime.memory import Buffer, Kept, Lent, Pieces, Remade
 from megatron_prime.runtime.mover import BudgetExceeded
 from megatron_prime.runtime.scheduler import DeviceFull, IllegalMove, PhaseScheduler
+from megatron_prime.runtime.timeline import Timeline
+from megatron_prime.runtime.trace import Trace
 
 CPU = torch.device("cpu")
 
@@ -126,6 +131,63 @@ def test_waits_for_the_gpu_before_it_stops_the_clock(clock, monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "synchronize", finish_queued_work)
     spend(scheduler, clock, Phase.GENERATE, 1.0)
     assert scheduler.take_seconds()["time/generate_s"] == 8.0
+
+
+def test_a_phase_has_a_deadline_and_a_place_in_the_timeline(clock):
+    """Until the GPU is done, also when it ends with an error."""
+    heard = []
+
+    class Watcher:
+        def __init__(self, name):
+            self.name = name
+
+        @contextmanager
+        def phase(self, phase):
+            heard.append((self.name, "begin", phase, clock.now))
+            try:
+                yield
+            finally:
+                heard.append((self.name, "end", phase, clock.now))
+
+        def take_seconds(self):
+            return {"time/idle_switching_s": 0.5}
+
+    scheduler = resident()
+    scheduler.timeline, scheduler.deadlines = Watcher("timeline"), Watcher("deadlines")
+
+    @scheduler.phase(Phase.GENERATE)
+    def fail():
+        clock.now += 2.0
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert sorted(heard) == [
+        (name, edge, Phase.GENERATE, 100.0 + 2.0 * (edge == "end"))
+        for name in ("deadlines", "timeline")
+        for edge in ("begin", "end")
+    ]
+    seconds = scheduler.take_seconds()
+    assert (seconds["time/generate_s"], seconds["time/idle_switching_s"]) == (2.0, 0.5)
+
+
+def test_a_switch_is_idle_time_and_told_to_the_timeline(tmp_path) -> None:
+    _, buffers = model()
+    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler.add(buffers)
+    scheduler.timeline = Timeline(Trace(tmp_path, 0, fresh=True))
+    walk(scheduler, Phase.GENERATE, Phase.SCORE)
+    seconds = scheduler.take_seconds()
+    assert 0 < seconds["time/idle_switching_s"] < seconds["time/switch_s"]
+    path = scheduler.timeline.trace.path
+    scheduler.timeline.close()
+    events = [json.loads(line.rstrip(",")) for line in path.read_text().splitlines()[1:]]
+    moments, *weights = names = sorted(buffer.name for buffer in buffers)
+    assert [event["args"] for event in events if event.get("cat") == "moves"] == [
+        {"leave": names, "come": [], "bytes_to_host": 16000, "bytes_to_device": 0},
+        {"leave": [], "come": weights, "bytes_to_host": 0, "bytes_to_device": 8000},
+    ]
+    assert moments == "policy.moments"
 
 
 def test_peak_memory_is_this_process() -> None:
