@@ -32,4 +32,5 @@ bench rloo_step "$folder"
 bench prime_step "$folder"
 bench packing
 bench bench_reshard
+bench bench_scheduler
 bench startup "$folder"

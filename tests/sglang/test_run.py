@@ -121,7 +121,8 @@ def wait_until(reached: Callable[[], Any], alive: Callable[[], object]) -> None:
 
 
 def assert_survives(job: Job, undisturbed: dict, name: str, kill: Callable, syncs: int) -> None:
-    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS)) as ranks:
+    """Its servers also give their memory back between uses, and trainer's buffers leave."""
+    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS, "--memory.offload=always")) as ranks:
         kill(ranks.folder, ranks._assert_running)
         assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
     found = job.metrics(name)
