@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.planner.memory import DEFAULT_FRACTION, Machine, make_plan
-from megatron_prime.planner.residency import Buffers
+from megatron_prime.planner.engine_bytes import DEFAULT_FRACTION
+from megatron_prime.planner.memory import Machine, make_plan
+from megatron_prime.planner.residency import NEEDED, Buffers
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 _FULL = {
@@ -31,16 +32,20 @@ def advise(
     config: RunConfig, world_size: int, machine: Machine, table: Mapping[str, Buffers]
 ) -> list[Advice]:
     """Changes that lower the peak, the one that lowers it most first."""
-    before = make_plan(config, world_size, machine, table, replicas=1).peak.device
+    before = make_plan(config, world_size, machine, table, one_per_stage=True).peak.device
     found = []
     for change, changed in _candidates(config, machine):
         try:
-            plan = make_plan(changed, world_size, machine, table, replicas=1)
+            plan = make_plan(changed, world_size, machine, table, one_per_stage=True)
         except ConfigError:  # the model or the ranks can't be cut so
             continue
         replicas = world_size // changed.parallel.replica
         if changed.policy.mini_batch_size % replicas == 0 and plan.peak.device < before:
             found.append(Advice(change, plan.peak.device, plan.fits))
+    if config.memory.offload == "never":
+        plan = make_plan(config, world_size, machine, NEEDED, one_per_stage=True)
+        if plan.peak.device < before:
+            found.append(Advice('memory.offload = "auto"', plan.peak.device, plan.fits))
     return sorted(found, key=lambda advice: advice.peak)
 
 

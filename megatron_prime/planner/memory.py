@@ -5,23 +5,30 @@ Three models share the devices with the rollout engine. `states.py` says what ea
 are added up, from a run's configuration and the config.json of its models.
 
 A pack is taken to be as full as `micro_batch_tokens` allows and to be responses only, so that all
-its tokens need logits. Key/value cache: what `sglang.max_total_tokens` asks for; else what
-`sglang.mem_fraction_static` leaves beside the engine's weights of the memory that is free when
-everything else of the phase is on the device, and no less than the longest sequence. Not counted:
-CUDA contexts, NCCL, CUDA graphs, fragmentation; the reserve is for them.
+its tokens need logits. Not counted: CUDA contexts, NCCL, CUDA graphs, fragmentation; the reserve
+is for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
+from megatron_prime.config import (
+    BatchSection,
+    ConfigError,
+    ModelName,
+    ParallelSizes,
+    PrecisionOptions,
+    RunConfig,
+)
 from megatron_prime.planner.activations import ActivationBytes, Computation, activations
-from megatron_prime.planner.counts import Parameter, chunks, engine_count
+from megatron_prime.planner.counts import chunks, count
+from megatron_prime.planner.engine_bytes import engine_bytes
 from megatron_prime.planner.residency import (
+    GENERATE,
     NEEDED,
     PHASES,
     RESIDENT,
@@ -32,7 +39,6 @@ from megatron_prime.planner.residency import (
     on_host,
 )
 from megatron_prime.planner.states import (
-    VALUE_BYTES,
     Sharding,
     StateBytes,
     frozen_bytes,
@@ -42,9 +48,7 @@ from megatron_prime.precision_rules import token_multiple
 from megatron_prime.weights.shape import ModelShape
 
 GIB = 2**30
-_FP8_VALUE = 1 + 4 / 128**2  # with the scale of its block
 _STEP_BYTES = 8  # torch's AdamW on a CPU, per value of the tensor being stepped
-DEFAULT_FRACTION = 0.4  # sglang.mem_fraction_static, as GPU_DEFAULTS in sglang_arguments.py
 
 
 class Machine(NamedTuple):
@@ -133,12 +137,12 @@ def make_plan(
     world_size: int,
     machine: Machine,
     table: Mapping[str, Buffers],
-    replicas: int | None = None,
+    one_per_stage: bool = False,
 ) -> MemoryPlan:
     """The plan of `python -m megatron_prime train` on `world_size` ranks.
 
-    `replicas`: only the first so many data-parallel ones, which need as much as the others or
-    more. Raises ConfigError when models or ranks can't be cut as `[megatron]` says.
+    `one_per_stage`: only the first rank of each pipeline stage, which needs as much as the others
+    or more. Raises ConfigError when models or ranks can't be cut as `[megatron]` says.
     """
     sizes = config.parallel
     if world_size % sizes.replica:
@@ -163,7 +167,7 @@ def make_plan(
     ranks = tuple(
         planner.rank(number, place)
         for number, place in enumerate(places)
-        if replicas is None or place.dp < replicas
+        if not one_per_stage or place.tp == place.cp == place.dp == 0
     )
     names: tuple[ModelName, ...] = ("policy", "prm", "reference")
     in_fp32 = frozenset(name for name in names if config.precision.of(name).dtype == "fp32")
@@ -190,6 +194,23 @@ def _phase(
     )
 
 
+_parameters = lru_cache(maxsize=4096)(count)
+
+
+@lru_cache(maxsize=4096)
+def _state_bytes(
+    shape: ModelShape,
+    sizes: ParallelSizes,
+    precision: PrecisionOptions,
+    sharding: Sharding | None,  # None: of a frozen model
+    stage: int,
+) -> StateBytes:
+    parts = chunks(shape, sizes, stage)
+    if sharding is None:
+        return frozen_bytes(parts, shape.num_layers, precision)
+    return trained_bytes(parts, shape.num_layers, precision, sharding)
+
+
 class _Planner:
     """The parts of a plan; what several ranks have in common is worked out once."""
 
@@ -207,7 +228,6 @@ class _Planner:
                 "reference": policy,
             }
         self.longest = config.data.max_prompt_length + config.rollout.max_response_length
-        self._state = cache(self._states)
         self._activation = cache(self._activations)
 
     def rank(self, number: int, place: Place) -> RankPlan:
@@ -215,7 +235,7 @@ class _Planner:
         kept: dict[str, int] = {}
         work: dict[str, int] = {}
         for name in self.shapes:
-            state = self._state(name, place.pp, place.dp * self.config.parallel.cp + place.cp)
+            state = self._states(name, place.pp, place.dp * self.config.parallel.cp + place.cp)
             active = self._activation(name, place.pp)
             work[f"{name}.scoring"] = active.scoring
             if name == "reference":
@@ -226,27 +246,30 @@ class _Planner:
                 if not self.machine.on_gpu:
                     work[f"{name}.step"] = _STEP_BYTES * state.largest_shard
             kept |= {f"{name}.{kind}": n for kind, n in kinds.items()}
-        kept |= self._engine(kept)
-        parts = self._parts("policy", place.pp)
-        parameters = sum(parameter.numel for chunk in parts for parameter in chunk)
+        # Servers start beside what `never` leaves there, else on an empty device.
+        beside = (RESIDENT if self.table is RESIDENT else NEEDED)[GENERATE]
+        others = sum(n for key, n in kept.items() if key in beside)
+        kept |= engine_bytes(self.config, self.shapes["policy"], *self.machine[:2], others)
+        parameters = _parameters(self.shapes["policy"], self.config.parallel, place.pp)
         return RankPlan(number, place, parameters, kept, work)
-
-    def _parts(self, name: ModelName, stage: int) -> list[list[Parameter]]:
-        return chunks(self.shapes[name], self.config.parallel, stage)
 
     def _states(self, name: ModelName, stage: int, replica: int) -> StateBytes:
         """`replica`: the number among the data- and context-parallel ranks."""
-        layers, precision = self.shapes[name].num_layers, self.config.precision.of(name)
-        if name == "reference":
-            return frozen_bytes(self._parts(name, stage), layers, precision)
+        sizes = self.config.parallel
         sharding = Sharding(
             distributed=self.machine.on_gpu,
             rank=replica,
-            ranks=self.dp_size * self.config.parallel.cp,
+            ranks=self.dp_size * sizes.cp,
             data_parallel=self.dp_size,
             stage=stage,
         )
-        return trained_bytes(self._parts(name, stage), layers, precision, sharding)
+        return _state_bytes(
+            self.shapes[name],
+            sizes,
+            self.config.precision.of(name),
+            None if name == "reference" else sharding,
+            stage,
+        )
 
     def _activations(self, name: ModelName, stage: int) -> ActivationBytes:
         config, precision = self.config, self.config.precision.of(name)
@@ -266,33 +289,3 @@ class _Planner:
         tokens = min(knobs.micro_batch_tokens, -(-rows * self.longest // sizes.cp))
         tokens = -(-tokens // multiple) * multiple
         return activations(self.shapes[name], how, tokens, tokens, rows)
-
-    def _engine(self, trainer: Mapping[str, int]) -> dict[str, int]:
-        """The rollout engine's share of this rank, beside what the trainer keeps."""
-        rollout, sglang = self.config.rollout, self.config.sglang
-        shape, value = self.shapes["policy"], VALUE_BYTES[self.config.precision.policy.dtype]
-        tp = rollout.tensor_parallel_size if rollout.engine == "sglang" else 1
-        held = engine_count(shape, tp)
-        per_matrix = _FP8_VALUE if rollout.fp8_weights and rollout.engine == "sglang" else value
-        weights = round(held.matrices * per_matrix + held.others * value)
-        kv_heads = max(1, shape.num_kv_heads // tp)
-        per_token = 2 * shape.num_layers * kv_heads * shape.head_dim * value
-        if rollout.engine == "local":
-            return {
-                "engine.weights": weights,
-                "engine.kv_cache": rollout.batch_size * self.longest * per_token,
-            }
-        buffers = 2 * min(int(rollout.sync_bucket_mib * 2**20), weights)
-        tokens = sglang.get("max_total_tokens")
-        if tokens is None:
-            # Servers start beside what `never` leaves there, else on an empty device.
-            beside = (RESIDENT if self.table is RESIDENT else NEEDED)["generate"]
-            others = buffers + sum(n for name, n in trainer.items() if name in beside)
-            fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
-            usable = self.machine.device_bytes - self.machine.reserve_bytes - others
-            tokens = max(self.longest, int(fraction * usable - weights) // per_token)
-        return {
-            "engine.weights": weights,
-            "engine.kv_cache": tokens * per_token,
-            "sync.buffers": buffers,
-        }

@@ -10,7 +10,7 @@ from megatron_prime.planner.residency import NEEDED, RESIDENT, Table, choose
 def plan_of(
     config: RunConfig, world_size: int, machine: Machine | None
 ) -> tuple[Table, MemoryPlan]:
-    """The table that `memory.offload` asks for, and the plan with it, of one replica.
+    """The table that `memory.offload` asks for, and the plan with it, of one rank a stage.
 
     `machine`: None where nothing limits memory. Raises ConfigError as `make_plan` does.
     """
@@ -21,10 +21,10 @@ def plan_of(
     elif config.memory.offload == "never" or machine is None or keeps_fp8(config):
         table = RESIDENT
     else:
-        least = make_plan(config, world_size, limits, NEEDED, replicas=1)
+        least = make_plan(config, world_size, limits, NEEDED, one_per_stage=True)
         kept, work = at_most(least)
         table = choose(kept, work, limits.device_bytes - limits.reserve_bytes)
-    return table, make_plan(config, world_size, limits, table, replicas=1)
+    return table, make_plan(config, world_size, limits, table, one_per_stage=True)
 
 
 def keeps_fp8(config: RunConfig) -> bool:

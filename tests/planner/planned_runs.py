@@ -31,3 +31,10 @@ def run_config(folder: Path, model: str | None = None, **tables: Any) -> RunConf
     (hf / "config.json").write_text(json.dumps(CONFIGS[model] if model else TINY))
     paths = {"run": {"folder": str(folder)}, "model": {"hf": str(hf)}, "data": {"train": "none"}}
     return RunConfig.model_validate({**paths, **tables})
+
+
+SGLANG_8B = {
+    "megatron": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "rollout": {"engine": "sglang", "tensor_parallel_size": 2},
+}
+"""Llama-3-8B on a node: what the trainer and the engine are split over."""

@@ -147,7 +147,7 @@ def test_uneven_stages_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_cache_takes_what_a_server_is_started_with() -> None:
-    from megatron_prime.planner.memory import DEFAULT_FRACTION
+    from megatron_prime.planner.engine_bytes import DEFAULT_FRACTION
     from megatron_prime.rollout.sglang_arguments import GPU_DEFAULTS
 
     assert GPU_DEFAULTS["mem_fraction_static"] == DEFAULT_FRACTION

@@ -42,7 +42,7 @@ def test_what_fits_stays_and_what_does_not_leaves(tmp_path: Path) -> None:
             n for name, n in kept.items() if any(name not in table[phase] for phase in PHASES)
         )
         assert plan.fits
-        assert plan.phases == make_plan(config, 8, plan.machine, table, replicas=1).phases
+        assert plan.phases == make_plan(config, 8, plan.machine, table, one_per_stage=True).phases
     assert away[40] > away[60] > 0
     assert away[80] == 0
     table, plan = plan_of(config, 8, Machine(device_bytes=24 * GIB))

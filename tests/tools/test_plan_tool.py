@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -149,3 +150,60 @@ finally:
     assert not {{"torch", "megatron", "transformers"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=TOOL.parents[1])
+
+
+def test_a_step_in_seconds_and_as_a_picture(tool, config, tmp_path, capsys) -> None:
+    png = tmp_path / "step.png"
+    arguments = ["step", str(config), "--ranks", "128", "--megatron.sequence_parallel=true"]
+    assert tool.main([*arguments, "--json", "--picture", str(png)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert found["fits"]
+    seconds = {phase["phase"]: phase["seconds"] for phase in found["phases"]}
+    assert seconds["checkpoint"] is seconds["evaluate"] is None
+    known = [value for value in seconds.values() if value is not None]
+    assert found["step"]["seconds"] == pytest.approx(sum(known))
+    assert tool.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"a step: {sum(known):.1f} s" in output
+    assert "no GPU has confirmed" in output
+
+
+def test_rates_and_expectations_are_the_users(tool, config, capsys) -> None:
+    def seconds(*options: str) -> dict[str, float]:
+        assert tool.main(["step", str(config), "--ranks=128", "--json", *options]) in (0, 2)
+        found = json.loads(capsys.readouterr().out)
+        return {phase["phase"]: phase["seconds"] for phase in found["phases"]}
+
+    usual, slow = seconds(), seconds("--rate=bf16_tflops=494.5", "--rate=hbm_gb_per_s=1675")
+    assert slow["generate"] > 1.7 * usual["generate"]
+    assert slow["update_policy"] > 1.5 * usual["update_policy"]
+    longer = seconds("--mean-response=2048", "--sampled-per-kept=3.5")
+    assert longer["generate"] > 1.9 * usual["generate"]
+    assert longer["score"] > 1.6 * usual["score"]
+    assert seconds("--cpu") == dict.fromkeys(usual)
+
+
+def test_layouts_for_128_gpus_within_seconds(tool, config, capsys) -> None:
+    began = time.process_time()
+    arguments = ["step", str(config), "--search", "--ranks=128", "--top=3"]
+    assert tool.main([*arguments, "--json"]) == 0
+    assert time.process_time() - began < 30  # 3 s on the machine that this was written on
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["layouts"]) == 3
+    assert 3 < found["fitting"] < found["tried"]
+    best = found["layouts"][0]
+    options = [f"--{name}={json.dumps(value)}" for name, value in best["options"].items()]
+    assert tool.main(["step", str(config), "--ranks=128", "--json", *options]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["step"]["seconds"] == best["seconds"]
+    assert again["peak"]["device_bytes"] == best["device_bytes"]
+    assert tool.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "megatron.tensor_model_parallel_size = 8" in output
+    assert tool.main(["step", str(config), "--search"]) == 1
+
+
+def test_a_search_without_a_layout_that_fits(tool, config, capsys) -> None:
+    assert tool.main(["step", str(config), "--search", "--ranks=8", "--device-gib=20"]) == 2
+    assert re.search(r"^none of \d+ layouts fits", capsys.readouterr().out)

@@ -1,0 +1,40 @@
+"""At a run's door: one that can't fit is refused before it loads any weights."""
+
+from __future__ import annotations
+
+from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.planner.advice import advise
+from megatron_prime.planner.memory import GIB, Machine
+from megatron_prime.planner.report import short_table
+from megatron_prime.planner.table import plan_of
+
+
+def machine_of(config: RunConfig, device_bytes: int | None, on_gpu: bool) -> Machine | None:
+    """The memory to plan with: `memory.device_gib`, if a device has as much; None: no limit.
+
+    `device_bytes`: what it has, None where nothing limits it (a CPU). The reserve is for what GPUs
+    need beside tensors; a CPU needs none.
+    """
+    knobs = config.memory
+    given = None if knobs.device_gib is None else round(knobs.device_gib * GIB)
+    limits = [limit for limit in (device_bytes, given) if limit is not None]
+    if not limits:
+        return None
+    return Machine(min(limits), round(knobs.reserve_gib * GIB) if on_gpu else 0, on_gpu)
+
+
+def check_fits(config: RunConfig, world_size: int, device_bytes: int | None, on_gpu: bool) -> None:
+    """Raise ConfigError, with who needs how much and what would help, when `train` can't fit.
+
+    `device_bytes` as for `machine_of`. Nothing is refused with `memory.start_anyway`.
+    """
+    machine = machine_of(config, device_bytes, on_gpu)
+    if machine is None or config.memory.start_anyway:
+        return
+    table, plan = plan_of(config, world_size, machine)
+    if plan.fits:
+        return
+    raise ConfigError(
+        f"{short_table(plan, advise(config, world_size, machine, table))}\n"
+        "or set memory.start_anyway = true, if the plan counts too much (docs/planner.md)"
+    )

@@ -1,0 +1,68 @@
+"""Runs that can't fit are refused, with the table and what would help; others are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planned_runs import SGLANG_8B, run_config
+
+from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.planner.door import check_fits, machine_of
+from megatron_prime.planner.memory import GIB, Machine
+
+
+def run_8b(folder: Path, **memory: Any) -> RunConfig:
+    return run_config(folder, "Llama-3-8B", memory=memory, **SGLANG_8B)
+
+
+def test_the_machine(tmp_path: Path) -> None:
+    config = run_8b(tmp_path)
+    assert machine_of(config, None, on_gpu=False) is None
+    assert machine_of(config, 80 * GIB, on_gpu=True) == Machine(80 * GIB, 6 * GIB, True)
+    config = run_8b(tmp_path, device_gib=2.0, reserve_gib=1.0)
+    assert machine_of(config, None, on_gpu=False) == Machine(2 * GIB, 0, False)
+    assert machine_of(config, 80 * GIB, on_gpu=True) == Machine(2 * GIB, GIB, True)
+
+
+def test_a_run_that_fits_begins(tmp_path: Path) -> None:
+    check_fits(run_8b(tmp_path), 8, 80 * GIB, on_gpu=True)
+    check_fits(run_8b(tmp_path, offload="never"), 8, 141 * GIB, on_gpu=True)
+
+
+def test_one_that_does_not_is_refused_with_what_helps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_fits(run_8b(tmp_path, offload="never"), 8, 80 * GIB, on_gpu=True)
+    message = str(refusal.value)
+    assert "DOES NOT FIT: 114" in message
+    assert "of 80 GiB" in message
+    assert 'memory.offload = "auto"' in message
+    assert "memory.start_anyway = true" in message
+    assert "update_policy" in message
+    assert len(message.splitlines()) < 20
+
+
+def test_the_knob_of_the_device_goes_before_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of 40 GiB"):
+        check_fits(run_8b(tmp_path, device_gib=40.0), 8, 141 * GIB, on_gpu=True)
+    with pytest.raises(ConfigError, match="of 20 GiB"):  # there is no more than that
+        check_fits(run_8b(tmp_path, device_gib=200.0), 8, 20 * GIB, on_gpu=True)
+
+
+def test_the_reserve_counts_on_a_gpu_alone(tmp_path: Path) -> None:
+    config = run_8b(tmp_path, reserve_gib=20.0)
+    with pytest.raises(ConfigError, match="20 GiB in reserve"):
+        check_fits(config, 8, 80 * GIB, on_gpu=True)
+
+
+def test_a_cpu_has_no_limit_unless_one_is_set(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    check_fits(config, 1, None, on_gpu=False)
+    small = run_config(tmp_path, memory={"device_gib": 0.001})
+    with pytest.raises(ConfigError, match=r"DOES NOT FIT.* 0 GiB in reserve, of 0\.001 GiB"):
+        check_fits(small, 1, None, on_gpu=False)
+
+
+def test_start_anyway_starts_anyway(tmp_path: Path) -> None:
+    check_fits(run_8b(tmp_path, start_anyway=True), 8, GIB, on_gpu=True)
