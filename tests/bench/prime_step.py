@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 from rloo_step import contestant
 from table import row, seconds
@@ -48,7 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compare(prime: Contestant, rloo: Contestant, prompts: int) -> None:
-    """One row: the ratio found, the one to be expected, and where both steps' time goes."""
+    """One row: the ratio found, the one to be expected, and where both steps' time goes.
+
+    The ratio is the median of those of two turns next to each other, which other work on the
+    machine slows down alike.
+    """
+    ratio = median(ours / theirs for ours, theirs in zip(prime.seconds, rloo.seconds, strict=True))
     training = trained(rloo)
     share = 1 - sum(training.values()) / rloo.median
     extra = sum(trained(prime).values()) - sum(training.values())
@@ -56,7 +62,7 @@ def compare(prime: Contestant, rloo: Contestant, prompts: int) -> None:
         f"PRIME step against RLOO here, {prompts} prompts generated",
         seconds(prime.median),
         seconds(rloo.median),
-        f"{prime.median / rloo.median:.2f} × as long",
+        f"{ratio:.2f} × as long",
         "≤ 1.15",
         f"generation and the like are {share:.0%} of RLOO's step: {1 + extra / rloo.median:.2f} × "
         f"expected; PRIME: {phases(prime)}; RLOO: {phases(rloo)}; medians of {len(rloo.seconds)} "
