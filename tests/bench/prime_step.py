@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from rloo_step import contestant
+from rloo_step import contestant, phases
 from table import row, seconds
 from turns import Contestant, take_turns
 
@@ -74,12 +74,6 @@ def trained(side: Contestant) -> dict[str, float]:
     """Median seconds of the phases in which models score and train."""
     names = (f"time/{phase}_s" for phase in TRAINS)
     return {name: side.detail(name) for name in names if name in side.details[0]}
-
-
-def phases(side: Contestant) -> str:
-    """Median seconds of every phase."""
-    found = sorted(key for key in side.details[0] if key.startswith("time/") and "step" not in key)
-    return ", ".join(f"{phase[5:-2]} {seconds(side.detail(phase))}" for phase in found)
 
 
 if __name__ == "__main__":
