@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
-from rloo_step import contestant
+from rloo_step import contestant, phases
 from table import row, seconds
 from turns import Contestant, take_turns
 
@@ -48,7 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compare(prime: Contestant, rloo: Contestant, prompts: int) -> None:
-    """One row: the ratio found, the one to be expected, and where both steps' time goes."""
+    """One row: the ratio found, the one to be expected, and where both steps' time goes.
+
+    The ratio is the median of those of two turns next to each other, which other work on the
+    machine slows down alike.
+    """
+    ratio = median(ours / theirs for ours, theirs in zip(prime.seconds, rloo.seconds, strict=True))
     training = trained(rloo)
     share = 1 - sum(training.values()) / rloo.median
     extra = sum(trained(prime).values()) - sum(training.values())
@@ -56,7 +62,7 @@ def compare(prime: Contestant, rloo: Contestant, prompts: int) -> None:
         f"PRIME step against RLOO here, {prompts} prompts generated",
         seconds(prime.median),
         seconds(rloo.median),
-        f"{prime.median / rloo.median:.2f} × as long",
+        f"{ratio:.2f} × as long",
         "≤ 1.15",
         f"generation and the like are {share:.0%} of RLOO's step: {1 + extra / rloo.median:.2f} × "
         f"expected; PRIME: {phases(prime)}; RLOO: {phases(rloo)}; medians of {len(rloo.seconds)} "
@@ -68,12 +74,6 @@ def trained(side: Contestant) -> dict[str, float]:
     """Median seconds of the phases in which models score and train."""
     names = (f"time/{phase}_s" for phase in TRAINS)
     return {name: side.detail(name) for name in names if name in side.details[0]}
-
-
-def phases(side: Contestant) -> str:
-    """Median seconds of every phase."""
-    found = sorted(key for key in side.details[0] if key.startswith("time/") and "step" not in key)
-    return ", ".join(f"{phase[5:-2]} {seconds(side.detail(phase))}" for phase in found)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,15 @@ def contestant(name: str, folder: Path, ranks: int, overrides: list[str]) -> Con
 
 def steps(ours: Contestant, theirs: Contestant) -> str:
     """Where the time of our step goes, and tokens per second of both."""
-    phases = sorted(key for key in ours.details[0] if key.startswith("time/") and "step" not in key)
-    parts = ", ".join(f"{phase[5:-2]} {seconds(ours.detail(phase))}" for phase in phases)
     rates = " against ".join(f"{TOKENS / side.median:.0f}" for side in (ours, theirs))
-    return f"{parts}; {rates} response tokens/s"
+    return f"{phases(ours)}; {rates} response tokens/s"
+
+
+def phases(side: Contestant) -> str:
+    """Median seconds of every phase, and of the switches between them."""
+    of_parts = ("time/step", "time/busy", "time/idle")  # of phases, and their sum
+    names = [k for k in side.details[0] if k.startswith("time/") and not k.startswith(of_parts)]
+    return ", ".join(f"{name[5:-2]} {seconds(side.detail(name))}" for name in sorted(names))
 
 
 if __name__ == "__main__":
