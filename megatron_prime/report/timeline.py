@@ -129,7 +129,7 @@ class Picture:
 
         self._ranks, self._marks = ranks, marks
         self._start, self._end = marks[0][1], marks[-1][1]
-        self._figure: Any = Figure(figsize=(13, 1.75 + 0.42 * len(ranks)), layout="constrained")
+        self._figure: Any = Figure(figsize=(13, 2.0 + 0.42 * len(ranks)), layout="constrained")
         layout: Any = self._figure.get_layout_engine()
         layout.set(w_pad=0.1, h_pad=0.1)
         self._figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
