@@ -67,11 +67,7 @@ def train(config: RunConfig, launch: Launch) -> None:
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
         )
         note_start(config, config.run.folder, ranks)  # not of a start that was refused
-        timeline = stack.enter_context(
-            drawn_timeline(
-                ranks.timeline, config.run.folder, ranks.rank, ranks.world_size, state.step
-            )
-        )
+        timeline = stack.enter_context(drawn_timeline(ranks, config.run.folder, state.step))
         recorder = stack.enter_context(
             RunRecorder(
                 config.run.folder,

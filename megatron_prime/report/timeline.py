@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from megatron_prime.errors import Interrupted
 from megatron_prime.runtime.timeline import Timeline
@@ -56,20 +56,27 @@ class RankEvents:
     levels: list[tuple[float, float]] = field(default_factory=list)  # share of slots at work, from
 
 
+class TimedRanks(Protocol):
+    """What is needed of `WorldRanks`."""
+
+    rank: int
+    world_size: int
+    timeline: Timeline
+
+
 @contextmanager
-def drawn_timeline(
-    timeline: Timeline, folder: Path, rank: int, ranks: int, resume_step: int
-) -> Iterator[Timeline]:
-    """Inside, `timeline` writes a file; drawn by rank 0 when the run is done or interrupted."""
-    timeline.trace = Trace(folder, rank, fresh=resume_step == 0)
+def drawn_timeline(ranks: TimedRanks, folder: Path, resume_step: int) -> Iterator[Timeline]:
+    """This rank's timeline, with a file; drawn by rank 0 when the run is done or interrupted."""
+    timeline = ranks.timeline
+    timeline.trace = Trace(folder, ranks.rank, fresh=resume_step == 0)
     interrupted: Interrupted | None = None
     try:
         yield timeline
     except Interrupted as stop:
         interrupted = stop
     timeline.close()
-    if rank == 0:
-        draw_timeline(folder, ranks, str(folder))
+    if ranks.rank == 0:
+        draw_timeline(folder, ranks.world_size, str(folder))
     if interrupted is not None:
         raise interrupted
 
@@ -122,7 +129,7 @@ class Picture:
 
         self._ranks, self._marks = ranks, marks
         self._start, self._end = marks[0][1], marks[-1][1]
-        self._figure: Any = Figure(figsize=(13, 1.75 + 0.42 * len(ranks)), layout="constrained")
+        self._figure: Any = Figure(figsize=(13, 2.0 + 0.42 * len(ranks)), layout="constrained")
         layout: Any = self._figure.get_layout_engine()
         layout.set(w_pad=0.1, h_pad=0.1)
         self._figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")

@@ -35,12 +35,11 @@ from megatron_prime.runtime.watchdog import (
     Watchdog,
     beat_seconds,
     code_of,
-    ended_because,
     say,
 )
 
 SILENT = 0.8  # of `run.lost_after_s`: a rank as silent as that leaves its stacks behind
-STACKS_S = 1.0  # for the others to write their stacks before connections to this rank break
+STACKS_S = 0.5  # for the others to write their stacks before connections to this rank break
 
 
 class RanksDontMeet(RunError, OSError):
@@ -122,9 +121,11 @@ class Launch:
         line = str(error) if meant else traceback.format_exception_only(error)[-1].strip()
         trace = "" if meant else "".join(traceback.format_exception(error))
         ending = self._watchdog.failed(line, echo) if self._watchdog else None
-        if ending and echo and ending.rank != rank:
-            say(ended_because(rank, ending))
+        if self._watchdog and ending and echo and ending.rank != rank:
+            self._watchdog.tell(ending)
             return code_of(ending)
+        if ending and echo and ending.stuck:
+            return STUCK  # it is this rank that was; the deadlines' thread has said so
         if ending and ending.rank == rank and not line.startswith(ending.error):
             say(f"[rank {rank}] the others ended without this rank: {ending.error}")
         elif ending is None or ending.rank == rank or not line.startswith(ending.error):
@@ -146,10 +147,12 @@ class Launch:
         """End now: a phase of this rank met its deadline. Runs in the deadlines' thread."""
         rank, watchdog = self.here.rank, self._watchdog
         ending = watchdog.failed(error, echo=False, stuck=True) if watchdog else None
-        other = ending is not None and ending.rank != rank
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)
-        say(ended_because(rank, ending) if ending and other else f"[rank {rank}] {error}")
+        if watchdog and ending and ending.rank != rank:
+            watchdog.tell(ending)
+        else:
+            say(f"[rank {rank}] {error}")
         if watchdog:
             time.sleep(STACKS_S)
             watchdog.linger()

@@ -74,6 +74,7 @@ class Watchdog:
         self._hub_host, self._hub_patience_s = address[0], float("inf")
         self._welcome, self._over = threading.Event(), threading.Event()
         self._known, self._failing = threading.Event(), threading.Event()
+        self._telling, self._told = threading.Lock(), False
         self.ending: Ending | None = None
         self.on_end: Callable[[bool], None] = lambda stuck: None  # before the process is ended
         os.register_at_fork(after_in_child=self._line.connection.close)  # it is the parent's
@@ -114,6 +115,13 @@ class Watchdog:
         self._line.send("beat", patience_s=seconds)
         if self._hub:
             self._hub.be_patient(seconds)
+
+    def tell(self, ending: Ending) -> None:
+        """Say that this rank ends because of another, once, whichever thread comes first."""
+        with self._telling:
+            told, self._told = self._told, True
+        if not told:
+            say(ended_because(self.rank, ending))
 
     def heard_of_an_end(self, within_s: float) -> bool:
         """Whether another rank's end is known, or becomes known soon; this process ends then."""
@@ -172,7 +180,7 @@ class Watchdog:
         if not self._failing.wait(GRACE_S):
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
-            say(ended_because(self.rank, ending))
+            self.tell(ending)
             if not ending.stuck:
                 self.on_end(False)
             self.linger()

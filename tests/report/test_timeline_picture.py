@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,7 +161,8 @@ def test_drawn_at_the_end_unless_the_run_failed(
     tmp_path: Path, error: type[Exception] | None, drawn: bool
 ) -> None:
     def steps(rank: int, resume_step: int) -> None:
-        with drawn_timeline(Timeline(), tmp_path, rank, 2, resume_step) as timeline:
+        ranks = SimpleNamespace(rank=rank, world_size=2, timeline=Timeline())
+        with drawn_timeline(ranks, tmp_path, resume_step) as timeline:
             with timeline.phase(Phase.SCORE):
                 pass
             timeline.step(resume_step + 1)
