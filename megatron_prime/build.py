@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from megatron_prime.config import (
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
-from megatron_prime.devices import scheduler_of
+from megatron_prime.devices import limits_of, scheduler_of
 from megatron_prime.inputs import eval_prompts, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of, sft_engine
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
+        limits = limits_of(config, ranks)  # before anything is loaded
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         policy = policy_of(config)
@@ -62,7 +64,7 @@ def train(config: RunConfig, launch: Launch) -> None:
         stream = prompt_stream(config, tokenizer)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume() or LoopState()
-        gpus = scheduler_of(config, ranks, policy, prm, reference)
+        gpus = scheduler_of(limits, ranks, policy, prm, reference)
         engine, checker = rollout_roles(
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
         )
@@ -217,6 +219,8 @@ def rollout_roles(
         config, config.parallel, launch, tokenizer, ranks, stack, gpus.moves_memory
     )
     gpus.add(engine.buffers(gpus.planned))
+    if not isinstance(engine, LocalEngine):
+        engine.for_sync = partial(gpus.as_in, Phase.SYNC_WEIGHTS)
     return engine, verifier
 
 

@@ -59,6 +59,7 @@ NEEDED: Table = {
     # Masters and moments are saved from the host; nobody could give the engine its weights back.
     CHECKPOINT: _of("policy", "weights") | _of("prm", "weights") | _of("engine", "weights") | SYNC,
 }
+_NOT_TO_SCORE = _of("policy", "weights", "fp8_copies")
 WRITTEN: Table = {  # what a phase changes; elsewhere a copy on the host stays good
     UPDATE_PRM: PRM,
     UPDATE_POLICY: POLICY,
@@ -103,28 +104,35 @@ CHEAPEST_FIRST = (
 )
 
 
-def choose(kept: Mapping[str, int], work: Mapping[str, int], budget: int) -> Table:
-    """The table that lets go of as little as fits; NEEDED if nothing does.
+def needed(scores_policy: bool) -> Table:
+    """NEEDED, of a run whose policy is asked for old log-probs before its update, or is not."""
+    return NEEDED if scores_policy else {**NEEDED, SCORE: NEEDED[SCORE] - _NOT_TO_SCORE}
+
+
+def choose(
+    kept: Mapping[str, int], work: Mapping[str, int], budget: int, least: Table = NEEDED
+) -> Table:
+    """The table that lets go of as little as fits; `least` if nothing does.
 
     `kept`: bytes of each buffer; `work`: what each phase needs beside those that lie there;
     `budget`: bytes of the device, without the reserve.
     """
     leaving: list[str] = []
     for name in CHEAPEST_FIRST:
-        if _fits(_without(leaving), kept, work, budget):
+        if _fits(_without(leaving, least), kept, work, budget):
             break
         leaving.append(name)
     for name in reversed(leaving):  # the dearest first: a later one may have made room for all
         others = [other for other in leaving if other != name]
-        if _fits(_without(others), kept, work, budget):
+        if _fits(_without(others, least), kept, work, budget):
             leaving = others
-    return _without(leaving)
+    return _without(leaving, least)
 
 
-def _without(leaving: Iterable[str]) -> Table:
+def _without(leaving: Iterable[str], least: Table) -> Table:
     """Everything resident but `leaving`, which are there only when they are needed."""
     stays = ALL - frozenset(leaving)
-    return {phase: stays | NEEDED[phase] for phase in PHASES}
+    return {phase: stays | least[phase] for phase in PHASES}
 
 
 def _fits(table: Table, kept: Mapping[str, int], work: Mapping[str, int], budget: int) -> bool:

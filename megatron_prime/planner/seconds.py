@@ -37,6 +37,7 @@ from megatron_prime.planner.residency import (
     UPDATE_PRM,
     Table,
 )
+from megatron_prime.planner.table import scored_share
 from megatron_prime.planner.training import Seconds, Trainer, add, times
 from megatron_prime.weights.shape import ModelShape
 
@@ -102,15 +103,6 @@ def predict(
 ) -> StepSeconds:
     """The seconds of a run on GPUs whose memory plan is `plan`, made with `table`."""
     return _Predictor(config, plan, table, rates, expected).step()
-
-
-def scored_share(config: RunConfig) -> float:
-    """Of the rows, those whose old log-probs the policy's training forward can't give.
-
-    The first mini-batch trains the weights that scoring would take (models/policy.py).
-    """
-    rows = config.rollout.prompts_per_step * config.rollout.group_size
-    return max(0.0, 1 - config.policy.mini_batch_size / rows)
 
 
 def prm_forwards(config: RunConfig) -> int:

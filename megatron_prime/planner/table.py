@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_prime.config import RunConfig
 from megatron_prime.planner.memory import WORK, Machine, MemoryPlan, make_plan
-from megatron_prime.planner.residency import NEEDED, RESIDENT, Table, choose
+from megatron_prime.planner.residency import RESIDENT, Table, choose, needed
 
 
 def plan_of(
@@ -16,15 +16,25 @@ def plan_of(
     """
     unlimited = Machine(device_bytes=2**60, reserve_bytes=0, on_gpu=False)
     limits = machine or unlimited
+    enough = needed(scored_share(config) > 0)
     if config.memory.offload == "always":
-        table = NEEDED
+        table = enough
     elif config.memory.offload == "never" or machine is None or keeps_fp8(config):
         table = RESIDENT
     else:
-        least = make_plan(config, world_size, limits, NEEDED, one_per_stage=True)
+        least = make_plan(config, world_size, limits, enough, one_per_stage=True)
         kept, work = at_most(least)
-        table = choose(kept, work, limits.device_bytes - limits.reserve_bytes)
+        table = choose(kept, work, limits.device_bytes - limits.reserve_bytes, enough)
     return table, make_plan(config, world_size, limits, table, one_per_stage=True)
+
+
+def scored_share(config: RunConfig) -> float:
+    """Of the rows, those whose old log-probs the policy's training forward can't give.
+
+    The first mini-batch trains the weights that scoring would take (models/policy.py).
+    """
+    rows = config.rollout.prompts_per_step * config.rollout.group_size
+    return max(0.0, 1 - config.policy.mini_batch_size / rows)
 
 
 def keeps_fp8(config: RunConfig) -> bool:

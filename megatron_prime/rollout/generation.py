@@ -242,3 +242,12 @@ async def _all_or_first_error(
         for task in done:
             task.result()
         running -= done
+
+
+def in_flight(prompts: int, servers: int, most: int) -> int:
+    """How many prompts one of several servers takes at once.
+
+    Not its whole share: a quarter is left for the servers that are done first.
+    """
+    share = -(-prompts // servers)
+    return min(most, share if servers == 1 else -(-share * 3 // 4))

@@ -16,6 +16,7 @@ import queue
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch.distributed.distributed_c10d import Store
@@ -24,7 +25,7 @@ from megatron_prime.errors import RunError
 from megatron_prime.options import RolloutSection
 from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.engine_group import EngineGroup
-from megatron_prime.rollout.generation import Limits, Partial, Pass, PassRunner
+from megatron_prime.rollout.generation import Limits, Partial, Pass, PassRunner, in_flight
 from megatron_prime.rollout.local_engine import Tokenizer
 from megatron_prime.rollout.server_memory import ServerMemory, server_buffers
 from megatron_prime.rollout.sglang_answers import SglangError
@@ -64,6 +65,7 @@ class SglangEngine:
         self._failures: Counter[int] = Counter()  # by server, since the last `take_metrics`
         self._partials: dict[int, tuple[Partial, ...]] = {}
         self._metrics: Metrics = {}
+        self.for_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # has the weights
         self.memory = ServerMemory(group, self._await_servers, self._lost, knobs.hang_timeout_s)
 
     def buffers(self, planned: Mapping[str, int]) -> list[Buffer]:
@@ -129,7 +131,8 @@ class SglangEngine:
             prompts = [prompt for prompt in prompts if prompt.prompt_id not in answered]
             if problems:
                 self._make_anew(problems)
-                self._load(set(problems))
+                with self.for_sync():
+                    self._load(set(problems))
             if any(reached for _, reached in reports):
                 return
             if prompts and not problems:
@@ -288,12 +291,3 @@ class SglangEngine:
 
     def _count(self, name: str, value: float) -> None:
         self._metrics[name] = self._metrics.get(name, 0) + value
-
-
-def in_flight(prompts: int, servers: int, most: int) -> int:
-    """How many prompts one of several servers takes at once.
-
-    Not its whole share: a quarter is left for the servers that are done first.
-    """
-    share = -(-prompts // servers)
-    return min(most, share if servers == 1 else -(-share * 3 // 4))

@@ -96,6 +96,18 @@ class PhaseScheduler:
             self._mover.written(WRITTEN.get(phase.value, frozenset()))
             self._current, self._last = None, phase.value
 
+    @contextmanager
+    def as_in(self, phase: Phase) -> Iterator[None]:
+        """Inside another phase: the devices are for a while as `phase` wants them; collective.
+
+        A server that is made anew while it should generate needs weights, as in a sync.
+        """
+        assert self._current is not None, "a phase is on"
+        with self._full_is_told(phase.value):
+            self._arrange(phase.value)
+            yield
+            self._arrange(self._current.value)
+
     def take_seconds(self) -> Metrics:
         """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves, and the
         idle times."""

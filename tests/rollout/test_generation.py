@@ -8,10 +8,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_prime.rollout.generation import Limits, Pass, PassRunner, sampling_seed
+from megatron_prime.rollout.generation import (
+    Limits,
+    Pass,
+    PassRunner,
+    in_flight,
+    sampling_seed,
+)
 from megatron_prime.rollout.sglang_answers import Sample, SampleRequest
 from megatron_prime.rollout.sglang_client import ServerSlow
-from megatron_prime.rollout.sglang_engine import in_flight
 from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Prompt, Sampling
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -102,6 +103,24 @@ def test_a_death_between_generation_and_release_costs_the_weights(make) -> None:
     setting.load(engine, 1)
     mover.switch(NEEDED["generate"])
     check_groups(list(engine.generate(PROMPTS, SAMPLING)), setting.digest(1), 1)
+
+
+def test_weights_are_fetched_for_a_server_that_dies_while_it_generates(make) -> None:
+    setting, engine, mover = make(die_after=2, starts=1)
+    entered = []
+
+    @contextmanager
+    def for_sync():
+        mover.switch(NEEDED["sync_weights"])
+        entered.append(engine.memory.away.copy())
+        yield
+        mover.switch(NEEDED["generate"])
+
+    engine.for_sync = for_sync
+    setting.load(engine, 1)
+    check_groups(list(engine.generate(PROMPTS, SAMPLING)), setting.digest(1), 1)
+    assert entered == [{"kv_cache", "cuda_graph"}]
+    assert engine.take_metrics()["rollout/server_restarts"] == 1
 
 
 def test_waits_until_a_server_is_idle(make) -> None:

@@ -297,3 +297,17 @@ def test_a_buffer_that_does_not_leave_is_noticed() -> None:
     scheduler.add([Buffer("prm.gradients", Pieces(Stays, lambda: [tensor]))])
     with pytest.raises(LedgerError, match=r"prm.gradients has 40 bytes on the device in generate"):
         walk(scheduler, Phase.GENERATE)
+
+
+def test_a_server_made_anew_while_it_generates_finds_the_weights_as_in_a_sync() -> None:
+    tensors, buffers = model()
+    before = tensors["policy.weights"].clone()
+    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler.add(buffers)
+    weights = next(buffer for buffer in buffers if buffer.name == "policy.weights")
+    with scheduler.phase(Phase.GENERATE):
+        assert weights.held()[0] == 0
+        with scheduler.as_in(Phase.SYNC_WEIGHTS):
+            assert torch.equal(tensors["policy.weights"], before)
+        assert weights.held()[0] == 0
+    walk(scheduler, Phase.SCORE)
