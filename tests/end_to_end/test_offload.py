@@ -8,6 +8,9 @@ from __future__ import annotations
 import pytest
 from job import Job, reproducible
 
+from megatron_prime.planner.memory import GIB, Machine, make_plan
+from megatron_prime.planner.residency import NEEDED, RESIDENT
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ALWAYS = "--memory.offload=always"
@@ -34,7 +37,36 @@ def test_four_ranks_in_fp32(job: Job, full: str) -> None:
         assert resident[step]["memory/moved_to_device_gib"] == 0
 
 
-def test_one_rank_in_bf16(job: Job) -> None:
-    for name, *knobs in (("half", "--memory.offload=never"), ("half-offloaded", ALWAYS)):
-        job.start_alone("train", name, *HALF, *ONE_RANK, "--run.steps=3", *knobs)
-    assert figures(job, "half-offloaded") == figures(job, "half")
+def test_one_rank_in_bf16_on_a_device_that_is_too_small_for_all(job: Job) -> None:
+    alone = [*HALF, *ONE_RANK, "--run.steps=3"]
+    config = job.config("half", *alone)
+    everything, least = (
+        make_plan(config, 1, Machine(2**40, 0, on_gpu=False), table).peak.device
+        for table in (RESIDENT, NEEDED)
+    )
+    limit = (2 * least + everything) / 3
+    assert least < 0.8 * limit
+    for name, *knobs in (("half", "--memory.offload=never"), ("limited", gib(limit))):
+        job.start_alone("train", name, *alone, *knobs)
+    assert figures(job, "limited") == figures(job, "half")
+    held = [
+        value
+        for record in job.metrics("limited").values()
+        for name, value in record.items()
+        if name.endswith("_device_gib") and "moved" not in name
+    ]
+    assert max(held) * GIB < limit
+    assert len({round(value * GIB) for value in held}) > 1, "something leaves"
+
+
+def test_a_device_that_is_too_small_for_anything_is_refused(job: Job) -> None:
+    with pytest.raises(AssertionError, match=r"exit status") as refused:
+        job.start("train", 2, "refused", gib(50_000), "--megatron.pipeline_model_parallel_size=1")
+    said = str(refused.value)
+    assert "DOES NOT FIT" in said
+    assert "memory.start_anyway" in said
+    assert not (job.run("refused") / "checkpoints").exists()
+
+
+def gib(nbytes: float) -> str:
+    return f"--memory.device_gib={nbytes / GIB!r}"
