@@ -98,7 +98,6 @@ class Timeline:
         self._rounds = 0  # of this phase
         self._level = 0.0  # share of the slots at work that was drawn last
         self._generation: list[Seconds] = []  # rounds since the last `take_seconds`
-        self._switching = 0.0
 
     # ------------------------------------------------------------------ the scheduler
 
@@ -123,20 +122,18 @@ class Timeline:
         started = self._clock()
         yield notes
         ended = self._clock()
-        self._switching += ended - started
         self._draw("moves", "move", started, ended, **notes)
         self._draw("idle", "switching", started, ended)
 
     def take_seconds(self) -> Metrics:
         """`time/idle_…_s` since the last call, and what generation was busy: means over ranks.
 
-        `switching` is this rank's. Nothing of what did not take place.
+        Nothing if there was no generation. The scheduler itself counts what its moves take.
         """
         with self._lock:
             rounds, self._generation = self._generation, []
-            switching, self._switching = self._switching, 0.0
         if not rounds:
-            return {"time/idle_switching_s": switching} if switching else {}
+            return {}
         busy, long_tail, verifying, straggling = (
             sum(column) for column in zip(Seconds(0, 0, 0, 0), *rounds, strict=True)
         )
@@ -145,7 +142,6 @@ class Timeline:
             "time/idle_long_tail_s": long_tail,
             "time/idle_verifying_s": verifying,
             "time/idle_straggling_s": straggling,
-            "time/idle_switching_s": switching,
         }
 
     # ------------------------------------------------------------------ the rollout engine

@@ -117,7 +117,6 @@ def test_the_time_of_generation_is_told_apart_by_cause(job: Job, full: str) -> N
             name = "time/busy_generating_s" if part == "busy" else f"time/idle_{part}_s"
             sums = [sum(seconds[part] for seconds in found[step]) for found in rounds]
             assert record[name] == pytest.approx(sum(sums) / RANKS, abs=1e-6)
-        assert record["time/idle_switching_s"] == 0, "everything fits"
 
 
 def length(span: Span) -> float:

@@ -112,19 +112,13 @@ def test_metrics_are_means_over_those_who_sampled_and_sums_over_rounds(clock: Cl
             mine = one_round(timeline, clock)
             timeline.count([mine, Seconds(13, 5, 1, 3), None])
     clock.now += 9
-    with timeline.switching([], []):
-        clock.now += 1.5
     assert timeline.take_seconds() == {
         "time/busy_generating_s": 11 + 13,
         "time/idle_long_tail_s": 3 + 5,
         "time/idle_verifying_s": 3 + 1,
         "time/idle_straggling_s": 5 + 3,
-        "time/idle_switching_s": 1.5,
     }
     assert timeline.take_seconds() == NOTHING
-    with timeline.switching([], []):
-        clock.now += 0.5
-    assert timeline.take_seconds() == {"time/idle_switching_s": 0.5}
 
 
 @pytest.mark.parametrize("phase", [Phase.EVALUATE, None])
