@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_prime.models.engine import Engine
 from megatron_prime.models.training import TrainableEngine
-from megatron_prime.runtime.memory import Buffer, Kept, Lent, Piece, Pieces, Remade
+from megatron_prime.runtime.memory import Buffer, Kept, Piece, Remade, Slabs, Storages
 
 
 def buffers_of(owner: str, engine: Engine) -> list[Buffer]:
@@ -23,17 +23,17 @@ def buffers_of(owner: str, engine: Engine) -> list[Buffer]:
     parameters = [p for module in engine.modules for p in module.parameters()]
     found = [Buffer(f"{owner}.fp8_copies", Fp8Copies(engine).pieces)]
     if not isinstance(engine, TrainableEngine):
-        return [Buffer(f"{owner}.weights", Pieces(Kept, lambda: parameters)), *found]
+        return [Buffer(f"{owner}.weights", Storages(Kept, lambda: parameters)), *found]
     # What has a master is made from it again; what is its own master is copied.
-    made = Pieces(Remade, lambda: [p for p in parameters if p.dtype != torch.float32])
-    kept = Pieces(Kept, lambda: [p for p in parameters if p.dtype == torch.float32])
+    made = Storages(Remade, lambda: [p for p in parameters if p.dtype != torch.float32])
+    kept = Storages(Kept, lambda: [p for p in parameters if p.dtype == torch.float32])
     remake = engine.remake_weights if made() else None
     return [
-        Buffer(f"{owner}.masters", Pieces(Lent, lambda: masters(engine))),
+        Buffer(f"{owner}.masters", Slabs(lambda: masters(engine))),
         Buffer(f"{owner}.weights", lambda: [*made(), *kept()], remake),
-        Buffer(f"{owner}.moments", Pieces(Lent, lambda: moments(engine))),
+        Buffer(f"{owner}.moments", Slabs(lambda: moments(engine))),
         *found,
-        Buffer(f"{owner}.gradients", Pieces(Remade, lambda: gradients(engine))),
+        Buffer(f"{owner}.gradients", Storages(Remade, lambda: gradients(engine))),
     ]
 
 

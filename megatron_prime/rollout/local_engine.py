@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_prime.config import ConfigError
 from megatron_prime.protocols import Tally, WeightSource
 from megatron_prime.rollout.decoding import Request, decode
-from megatron_prime.runtime.memory import Buffer, Pieces, Remade
+from megatron_prime.runtime.memory import Buffer, Remade, Storages
 from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Metrics, Prompt, Rollout, Sampling
 
@@ -107,7 +107,7 @@ class LocalEngine:
 
     def buffers(self, planned: Mapping[str, int]) -> list[Buffer]:
         """The weights; they come with the next `load_weights`, so that they may be forgotten."""
-        weights = Pieces(Remade, self.model.parameters)
+        weights = Storages(Remade, self.model.parameters)
         return [Buffer("engine.weights", weights, left=self._forget)]
 
     def _forget(self) -> None:

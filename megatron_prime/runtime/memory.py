@@ -7,8 +7,8 @@ pieces, each a tensor's storage, and each kind of piece has its own way to be aw
   16-bit weights, which are made again from the fp32 masters by `Buffer.remake`, bit for bit;
 - `Kept`: the bytes wait in host memory and every view of them stays what it is: reference weights
   (whose host copy never ages, so that sending them away is free), and weights in fp32;
-- `Lent`: the tensor itself lives on the host meanwhile, so that a checkpoint can read and write it
-  there: masters and moments.
+- `Lent`: the tensors themselves live on the host meanwhile, so that a checkpoint can read and write
+  them there: masters and moments.
 
 Host memory is page-locked on a GPU's machine, of exactly the size needed, allocated once and kept:
 locking pages takes longer than copying them. A host copy is good until somebody writes to the
@@ -17,11 +17,16 @@ buffer on the device (`written`); sending a clean buffer away copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+SLAB = 256 * 2**20  # bytes
+ALIGNED = 64  # bytes; where a tensor may begin in a slab
+PAGE = 4096
 
 
 class Piece(Protocol):
@@ -57,11 +62,6 @@ class Remade:
         """Of all that shares the storage of `tensor`."""
         self._storage = tensor.untyped_storage()
         self.nbytes = self._storage.nbytes()
-
-    @staticmethod
-    def identity(tensor: Tensor) -> int:
-        """The same for tensors that share a piece."""
-        return tensor.untyped_storage()._cdata
 
     def put_away(self) -> int:
         """Nothing is copied."""
@@ -102,7 +102,7 @@ class Kept(Remade):
         if self._good:
             return 0
         if self._host is None:
-            self._host = host_tensor(self._bytes)
+            self._host = host_bytes(self.nbytes, self._bytes.device)
         self._host.copy_(self._bytes, non_blocking=True)
         self._good = True
         return self.nbytes
@@ -123,46 +123,53 @@ class Kept(Remade):
 
 
 class Lent:
-    """A tensor that nobody has views of and that lives on the host while it is away."""
+    """Tensors that nobody has views of and that live on the host while they are away.
 
-    def __init__(self, tensor: Tensor) -> None:
-        """Of a tensor that has a storage of its own."""
-        self._tensor = tensor
-        self._device = tensor.device
+    From the first time on they lie in one slab, on the device as on the host: hundreds of small
+    allocations would cut its free memory to pieces, and as many small copies are slow.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Of one type, on one device."""
+        self._tensors = list(tensors)
+        self._device = tensors[0].device
+        self._places, self._end = _places(tensors)
+        self._slab: Tensor | None = None  # on the device, once they lie in one
         self._host: Tensor | None = None
         self._good = self._away = False
-        self.nbytes = tensor.nbytes
-
-    @staticmethod
-    def identity(tensor: Tensor) -> int:
-        """The same for the same tensor."""
-        return id(tensor)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
 
     def put_away(self) -> int:
         """Start the copy, unless the host has it."""
         if self._good:
             return 0
         if self._host is None:
-            self._host = host_tensor(self._tensor)
-        self._host.copy_(self._tensor, non_blocking=True)
+            self._host = host_bytes(self._end, self._device)
+        if self._slab is not None:
+            self._host.copy_(self._slab, non_blocking=True)
+        else:
+            for tensor, view in zip(self._tensors, self._views(self._host), strict=True):
+                view.copy_(tensor, non_blocking=True)
         self._good = True
         return self.nbytes
 
     def free(self) -> None:
-        """From now on the tensor is the host copy: what is written to it counts."""
+        """From now on the tensors are the host copy: what is written to them counts."""
         assert self._host is not None, "put_away comes first"
-        self._tensor.data = self._host
-        self._away = True
+        self._point_to(self._host)
+        self._slab, self._away = None, True
 
     def allocate(self) -> None:
         """On the device; the content is anything until `take_back`."""
-        self._tensor.data = torch.empty_like(self._tensor, device=self._device)
+        self._slab = torch.empty(self._end, dtype=torch.uint8, device=self._device)
+        self._point_to(self._slab)
         self._away = False
 
     def take_back(self) -> int:
         """Start the copy."""
         assert self._host is not None, "put_away comes first"
-        self._tensor.data.copy_(self._host, non_blocking=True)
+        assert self._slab is not None, "allocate comes first"
+        self._slab.copy_(self._host, non_blocking=True)
         return self.nbytes
 
     def written(self) -> None:
@@ -171,8 +178,15 @@ class Lent:
 
     def held(self) -> tuple[int, int]:
         """Bytes on device and host."""
-        host = 0 if self._host is None else self._host.nbytes
-        return 0 if self._away else self._tensor.untyped_storage().nbytes(), host
+        return 0 if self._away else self.nbytes, 0 if self._host is None else self.nbytes
+
+    def _views(self, slab: Tensor) -> Iterator[Tensor]:
+        for tensor, (start, end) in zip(self._tensors, self._places, strict=True):
+            yield slab[start:end].view(tensor.dtype).view(tensor.shape)
+
+    def _point_to(self, slab: Tensor) -> None:
+        for tensor, view in zip(self._tensors, self._views(slab), strict=True):
+            tensor.data = view
 
 
 class Buffer:
@@ -210,33 +224,75 @@ class Buffer:
             piece.written()
 
 
-class Pieces:
-    """The pieces of tensors that may be replaced or come late; each is made once."""
+class Storages:
+    """A piece for each storage of tensors; each is made once."""
 
-    def __init__(
-        self, kind: type[Remade] | type[Lent], tensors: Callable[[], Iterable[Tensor]]
-    ) -> None:
+    def __init__(self, kind: type[Remade], tensors: Callable[[], Iterable[Tensor]]) -> None:
         """Pieces of `kind`."""
         self._kind, self._tensors = kind, tensors
         self._made: dict[int, Piece] = {}
 
     def __call__(self) -> list[Piece]:
-        """One per storage, in the order of the tensors."""
+        """In the order of the tensors."""
         found: dict[int, Piece] = {}
         for tensor in self._tensors():
-            key = self._kind.identity(tensor)
+            key = tensor.untyped_storage()._cdata  # the piece keeps it alive, so it stays its own
             found[key] = self._made.get(key) or self._kind(tensor)
         self._made = found
         return list(found.values())
 
 
-def host_tensor(like: Tensor) -> Tensor:
-    """Host memory for a copy of `like`; page-locked if that is on a GPU.
+class Slabs:
+    """`Lent` pieces for tensors that may come late or be replaced; each is made once."""
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], slab_bytes: int = SLAB) -> None:
+        """A piece holds `slab_bytes`, or one tensor if that is larger."""
+        self._tensors, self._slab_bytes = tensors, slab_bytes
+        self._made: dict[tuple[int, ...], Lent] = {}
+
+    def __call__(self) -> list[Piece]:
+        """In the order of the tensors."""
+        found: dict[tuple[int, ...], Lent] = {}
+        for group in self._groups():
+            key = tuple(map(id, group))
+            found[key] = self._made.get(key) or Lent(group)
+        self._made = found
+        return list(found.values())
+
+    def _groups(self) -> Iterator[list[Tensor]]:
+        group: list[Tensor] = []
+        size = 0
+        for tensor in self._tensors():
+            if group and size + tensor.nbytes > self._slab_bytes:
+                yield group
+                group, size = [], 0
+            group.append(tensor)
+            size += tensor.nbytes
+        if group:
+            yield group
+
+
+def _places(tensors: Iterable[Tensor]) -> tuple[list[tuple[int, int]], int]:
+    """Where each tensor lies in a slab, in bytes, and the slab's end."""
+    places, end = [], 0
+    for tensor in tensors:
+        start = -(-end // ALIGNED) * ALIGNED
+        end = start + tensor.nbytes
+        places.append((start, end))
+    return places, end
+
+
+def host_bytes(count: int, device: torch.device) -> Tensor:
+    """Host memory for a copy of what lies on `device`; page-locked if that is a GPU: uint8 [count].
 
     Not torch's `pin_memory=True`, which rounds every size up to a power of two.
     """
-    host = torch.empty_like(like, device="cpu")
-    if like.is_cuda and like.nbytes:
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)))
+    if device.type != "cuda" or count == 0:
+        return torch.empty(count, dtype=torch.uint8)
+    whole = torch.empty(count + PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % PAGE  # no page is shared with anything else
+    host = whole[start : start + count]
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(host.data_ptr(), count, 0)))
+    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
     return host

@@ -5,12 +5,14 @@
     arriving             allocate ◀──┘ ──▶ copy from host ──▶ remake
 
 Copies out all start at once, on a stream of their own; an arriving piece is allocated as soon as
-the budget allows, which may mean to wait for a leaving one. So both directions of the bus are busy
-and the budget is never exceeded. Masters that only serve to make weights from are borrowed:
-brought, read, and freed again without a copy. On a CPU the same happens without streams.
+the budget allows, which may mean to wait for a leaving one. So copies in both directions may
+overlap and the budget is never exceeded; without a budget all that leaves goes first. Masters that
+only serve to make weights from are borrowed: brought, read, and freed again without a copy. On a
+CPU the same happens without streams.
 
-Buffers whose moving needs other ranks (`Buffer.collective`, and all that are remade) move in the
-same order on every rank, whatever each rank has room for.
+What another process holds (`Buffer.collective`: a server's memory) leaves first and comes last,
+when everything of ours is where it should be and what is free is back at the driver: torch's cache
+is of no use to that process. It moves in the same order on every rank, as do all that are remade.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from megatron_prime.errors import RunError
 from megatron_prime.planner.residency import MADE_FROM, Buffers
 from megatron_prime.runtime.memory import Buffer, Piece
 
-# Weights are made while the moments are on their way.
-_KINDS = ("masters", "weights", "moments", "fp8_copies", "gradients", "cuda_graphs", "kv_cache")
+# One large storage first, while the free memory is in one piece. Weights are made while the moments
+# are on their way.
+_KINDS = ("gradients", "masters", "weights", "moments", "fp8_copies", "cuda_graphs", "kv_cache")
 
 
 class BudgetExceeded(RunError, MemoryError):
@@ -81,9 +84,8 @@ class Mover:
         for name in sorted(on, key=lambda name: self._turn(name, on)):
             self._arrive(name, leaving)
             self.present.add(name)
-        while leaving:
-            self._wait_and_free(leaving)
-        self._wait_for_copies()
+        self._drain(leaving)
+        self._settle()
         for name in off:
             if (left := self.buffers[name].left) is not None:
                 left()
@@ -126,25 +128,41 @@ class Mover:
             if self._in is not None:  # the remake has read them
                 torch.cuda.current_stream().synchronize()
             for piece in self.buffers[source].pieces:
-                assert piece.put_away() == 0, f"{source}: borrowed masters must not have changed"
+                if nbytes := piece.put_away():
+                    raise RuntimeError(f"{source}: {nbytes} borrowed bytes changed: our mistake")
                 self._free(piece)
 
     def _bring(self, buffer: Buffer, leaving: deque[tuple[Piece, Any]]) -> None:
-        if buffer.collective and self._in is not None:
-            self._wait_for_copies()
-            torch.cuda.empty_cache()  # another process needs what this one has freed
+        if buffer.collective:
+            self._drain(leaving)
+            self._settle()
         for piece in buffer.pieces:
-            while self.budget is not None and self._held + piece.nbytes > self.budget:
-                if not leaving:
-                    raise BudgetExceeded(
-                        f"no room for {buffer.name}: {piece.nbytes} bytes should come to "
-                        f"{self._held} on the device, of {self.budget}"
-                    )
+            while leaving and not self._has_room(piece):
                 self._wait_and_free(leaving)
+            if self.budget is not None and not self._has_room(piece):
+                raise BudgetExceeded(
+                    f"no room for {buffer.name}: {piece.nbytes} bytes should come to "
+                    f"{self._held} on the device, of {self.budget}"
+                )
             piece.allocate()
             self._held += piece.nbytes
             with self._lane(self._in):
                 self.moved.to_device += piece.take_back()
+
+    def _has_room(self, piece: Piece) -> bool:
+        """Without a budget, never as long as something may leave."""
+        return self.budget is not None and self._held + piece.nbytes <= self.budget
+
+    def _drain(self, leaving: deque[tuple[Piece, Any]]) -> None:
+        while leaving:
+            self._wait_and_free(leaving)
+
+    def _settle(self) -> None:
+        """All copies are done, and what is free is the driver's: others look at that."""
+        self._wait_for_copies()
+        if self._in is not None:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def _wait_and_free(self, leaving: deque[tuple[Piece, Any]]) -> None:
         piece, copied = leaving.popleft()

@@ -185,7 +185,7 @@ def least_bytes(models: Models) -> int:
 
 def bandwidth(models: Models, repeat: int) -> None:
     """States leaving and coming, one after the other, against plain copies of as many bytes."""
-    from megatron_prime.runtime.memory import host_tensor
+    from megatron_prime.runtime.memory import host_bytes
     from megatron_prime.runtime.mover import Mover
 
     mover = Mover(None, models.device)
@@ -195,7 +195,7 @@ def bandwidth(models: Models, repeat: int) -> None:
             mover.add(buffer)
     nbytes = mover.on_device()
     device = torch.empty(nbytes, dtype=torch.uint8, device=models.device)
-    host = host_tensor(device)
+    host = host_bytes(nbytes, device.device)
     out = timed(repeat, lambda: mover.switch(frozenset()), lambda: mover.switch(frozenset(names)))
     mover.switch(frozenset())
     back = timed(repeat, lambda: mover.switch(frozenset(names)), lambda: leave(mover, names))

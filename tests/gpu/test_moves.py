@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prime.runtime.memory import Buffer, Kept, Lent, Pieces, Remade
+from megatron_prime.runtime.memory import Buffer, Kept, Lent, Remade, Slabs, Storages
 from megatron_prime.runtime.mover import BudgetExceeded, Mover
 
 pytestmark = [
@@ -30,10 +30,14 @@ KINDS = {
 }
 
 
+def pieces_of(kind, tensor):
+    return Slabs(lambda: [tensor]) if kind is Lent else Storages(kind, lambda: [tensor])
+
+
 def mover_of(held: dict[str, torch.Tensor], budget: int | None) -> Mover:
     mover = Mover(budget, torch.device("cuda", torch.cuda.current_device()))
     for name, tensor in held.items():
-        mover.add(Buffer(name, Pieces(KINDS[name], lambda t=tensor: [t])))
+        mover.add(Buffer(name, pieces_of(KINDS[name], tensor)))
     return mover
 
 

@@ -5,14 +5,14 @@ import torch
 
 from megatron_prime.planner.residency import NEEDED, PHASES
 from megatron_prime.runtime.ledger import Ledger, LedgerError, Limits, knob
-from megatron_prime.runtime.memory import Buffer, Kept, Pieces
+from megatron_prime.runtime.memory import Buffer, Kept, Storages
 
 GIB = 2**30
 
 
 def ledger_of(planned, work=None, **tensors):
     buffers = {
-        name.replace("__", "."): Buffer(name.replace("__", "."), Pieces(Kept, lambda t=t: [t]))
+        name.replace("__", "."): Buffer(name.replace("__", "."), Storages(Kept, lambda t=t: [t]))
         for name, t in tensors.items()
     }
     return Ledger(Limits(NEEDED, None, planned, work or {}), buffers), buffers

@@ -13,7 +13,7 @@ from megatron_prime.planner.residency import MOVES, NEEDED, RESIDENT, START
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime import scheduler as module
 from megatron_prime.runtime.ledger import LedgerError, Limits
-from megatron_prime.runtime.memory import Buffer, Kept, Lent, Pieces, Remade
+from megatron_prime.runtime.memory import Buffer, Kept, Lent, Remade, Slabs, Storages
 from megatron_prime.runtime.mover import BudgetExceeded
 from megatron_prime.runtime.scheduler import DeviceFull, IllegalMove, PhaseScheduler
 from megatron_prime.runtime.timeline import Timeline
@@ -196,6 +196,10 @@ def test_peak_memory_is_this_process() -> None:
     assert 0.95 * now <= peak < 100 * 2**30
 
 
+def pieces_of(kind, tensor):
+    return Slabs(lambda: [tensor]) if kind is Lent else Storages(kind, lambda: [tensor])
+
+
 def model(values=1000):
     """Moments and weights of a policy, weights of a reference."""
     tensors = {
@@ -205,7 +209,7 @@ def model(values=1000):
     }
     kinds = {"policy.moments": Lent, "policy.weights": Kept, "reference.weights": Kept}
     return tensors, [
-        Buffer(name, Pieces(kinds[name], lambda t=tensor: [t])) for name, tensor in tensors.items()
+        Buffer(name, pieces_of(kinds[name], tensor)) for name, tensor in tensors.items()
     ]
 
 
@@ -294,7 +298,7 @@ def test_a_buffer_that_does_not_leave_is_noticed() -> None:
 
     tensor = torch.zeros(10)
     scheduler = PhaseScheduler(Limits(NEEDED), CPU)
-    scheduler.add([Buffer("prm.gradients", Pieces(Stays, lambda: [tensor]))])
+    scheduler.add([Buffer("prm.gradients", Storages(Stays, lambda: [tensor]))])
     with pytest.raises(LedgerError, match=r"prm.gradients has 40 bytes on the device in generate"):
         walk(scheduler, Phase.GENERATE)
 
