@@ -24,10 +24,10 @@ from megatron_prime.config import (
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
-from megatron_prime.devices import limits_of, scheduler_of
+from megatron_prime.devices import limits_of, models_on
 from megatron_prime.inputs import eval_prompts, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
-from megatron_prime.models.factory import hf_of, policy_of, prm_of, reference_of, sft_engine
+from megatron_prime.models.factory import hf_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.report.timeline import drawn_timeline
@@ -55,16 +55,12 @@ def train(config: RunConfig, launch: Launch) -> None:
         limits = limits_of(config, ranks)  # before anything is loaded
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
-        policy = policy_of(config)
-        engines = {"policy": policy.engine}
-        prm = reference = None
-        if config.uses_prm:
-            prm, reference = prm_of(config), reference_of(config)
-            engines["prm"] = prm.engine
+        gpus = PhaseScheduler(limits, ranks.device)
+        policy, prm, reference = models_on(gpus, config)
+        engines = {"policy": policy.engine} | ({"prm": prm.engine} if prm else {})
         stream = prompt_stream(config, tokenizer)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
-        state = checkpoints.resume() or LoopState()
-        gpus = scheduler_of(limits, ranks, policy, prm, reference)
+        state = checkpoints.resume(gpus.visit) or LoopState()
         engine, checker = rollout_roles(
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
         )
@@ -97,11 +93,12 @@ def train(config: RunConfig, launch: Launch) -> None:
             signals=launch.signals,
             eval_prompts=eval_prompts(config, tokenizer),
         )
-        with launch.steps(agree=ranks.largest), deadlines:
-            loop.run(config, roles, state)
         exported = config.run.folder / "hf"
-        with gpus.phase(Phase.CHECKPOINT):
-            export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
+        with deadlines:
+            with launch.steps(agree=ranks.largest):
+                loop.run(config, roles, state)
+            with gpus.phase(Phase.CHECKPOINT):
+                export_hf(policy.engine.modules, policy.engine.shape, config.model.hf, exported)
         if ranks.rank == 0:
             from megatron_prime.report.curves import draw_curves  # only here: matplotlib is slow
 
@@ -215,10 +212,12 @@ def rollout_roles(
     """Engine and verifier: live, or both played back by the stream."""
     if isinstance(stream, RecordedRollouts):
         return stream, stream
-    engine = rollout_engine(
-        config, config.parallel, launch, tokenizer, ranks, stack, gpus.moves_memory
-    )
-    gpus.add(engine.buffers(gpus.planned))
+    with gpus.starting():
+        engine = rollout_engine(
+            config, config.parallel, launch, tokenizer, ranks, stack, gpus.engine_leaves
+        )
+    # On a CPU servers keep their memory, whatever they are told.
+    gpus.add(engine.buffers(gpus.planned if ranks.device.type == "cuda" else {}))
     if not isinstance(engine, LocalEngine):
         engine.for_sync = partial(gpus.as_in, Phase.SYNC_WEIGHTS)
     return engine, verifier

@@ -6,6 +6,8 @@ import torch
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.models.buffers import buffers_of
+from megatron_prime.models.engine import Engine
+from megatron_prime.models.factory import policy_of, prm_of, reference_of
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
@@ -13,27 +15,34 @@ from megatron_prime.planner.door import check_fits, machine_of
 from megatron_prime.planner.memory import make_plan
 from megatron_prime.planner.residency import NEEDED, RESIDENT
 from megatron_prime.planner.table import at_most, plan_of
-from megatron_prime.protocols import Phase
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.runtime.ledger import Limits
 from megatron_prime.runtime.scheduler import PhaseScheduler
 
 
-def scheduler_of(
-    limits: Limits,
-    ranks: WorldRanks,
-    policy: MegatronPolicy,
-    prm: MegatronPrm | None,
-    reference: MegatronReference | None,
-) -> PhaseScheduler:
-    """The scheduler, with the models' buffers out of the way of an engine that starts."""
-    gpus = PhaseScheduler(limits, ranks.device)
-    models = {"policy": policy, "prm": prm, "reference": reference}
-    for name, model in models.items():
-        if model is not None:
-            gpus.add(buffers_of(name, model.engine))
-    gpus.make_room(Phase.GENERATE)
-    return gpus
+def models_on(
+    gpus: PhaseScheduler, config: RunConfig
+) -> tuple[MegatronPolicy, MegatronPrm | None, MegatronReference | None]:
+    """Policy, PRM and reference, built one after the other; each is put away before the next.
+
+    So loading needs no more of the device than an update does.
+    """
+    with gpus.starting():
+        policy = policy_of(config)
+        put_away(gpus, "policy", policy.engine)
+        if not config.uses_prm:
+            return policy, None, None
+        prm = prm_of(config)
+        put_away(gpus, "prm", prm.engine)
+        reference = reference_of(config)
+        put_away(gpus, "reference", reference.engine)
+    return policy, prm, reference
+
+
+def put_away(gpus: PhaseScheduler, name: str, engine: Engine) -> None:
+    """Give a model that was just built to the scheduler."""
+    gpus.add(buffers_of(name, engine))
+    gpus.make_room()
 
 
 def limits_of(config: RunConfig, ranks: WorldRanks) -> Limits:

@@ -39,7 +39,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
             metrics |= evaluate(config, roles)
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
         # Logged before saving: a resumed run lacks no step's line.
-        roles.recorder.log(step, metrics | seconds | roles.gpus.peak_memory())
+        roles.recorder.log(step, metrics | seconds | roles.gpus.take_memory())
         if (stop := roles.signals.asked()) or due(step, config.checkpoint.every, config.run.steps):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)

@@ -128,7 +128,7 @@ class Scheduler(Protocol):
 
     def phase(self, phase: Phase) -> AbstractContextManager[None]: ...
     def take_seconds(self) -> Metrics: ...  # time/<phase>_s since the last call
-    def peak_memory(self) -> Metrics: ...  # memory/…_gib of this process so far
+    def take_memory(self) -> Metrics: ...  # memory/…_gib: peaks so far, moves since the last call
 
 
 class Recorder(Protocol):

@@ -96,7 +96,7 @@ class Fake:
         self.trace.append(phase.value)
         yield
 
-    def peak_memory(self) -> dict[str, float]:
+    def take_memory(self) -> dict[str, float]:
         return {"memory/host_peak_gib": 1.0}
 
     def take_seconds(self) -> dict[str, float]:

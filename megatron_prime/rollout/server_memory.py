@@ -60,6 +60,7 @@ class ServerMemory:
 
     def _ask(self, verb: str, tags: Sequence[str], servers: Iterable[int]) -> None:
         member, problem = self._group.member, None
+        self._group.gathered(None)  # a server takes memory of several ranks' devices: all are ready
         if member.leads and member.server in servers:
             call = _quietly(self._group.client, verb, tags, self._patience_s)
             try:

@@ -24,6 +24,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Set by the trainer's launcher about the trainer's ranks; torch would mistake them for the server's
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TRAINERS_OWN = ("CUDA_DEVICE_MAX_CONNECTIONS",)  # Megatron wants 1, which slows inference
+# With expandable segments SGLang's memory saver refuses to start, and CUDA IPC may fail.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 DEFAULTS: dict[str, Any] = {
     "skip_server_warmup": True,  # the first requests would be answered from dummy weights
@@ -116,6 +118,7 @@ def server_environment(
         name: value
         for name, value in environ.items()
         if name not in (*LAUNCHER_VARIABLES, *TRAINERS_OWN)
+        and not (spec.gives_memory and name in ALLOCATOR_VARIABLES)
         and not name.startswith(LAUNCHER_PREFIXES)
     }
     path = [str(import_folder(spec))]
@@ -126,6 +129,8 @@ def server_environment(
         # a server that has lost a scheduler would wait a minute for core dumps before it ends
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
     }
+    if spec.gives_memory:
+        settings["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # or graphs would not leave
     if spec.devices is None:
         path.append(str(CPU_FOLDER))
         settings["SGLANG_USE_CPU_ENGINE"] = "1"

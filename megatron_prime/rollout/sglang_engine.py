@@ -35,6 +35,8 @@ from megatron_prime.runtime.memory import Buffer
 from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, Metrics, Prompt, Sampling
 
+COUNTED = ("rollout/server_restarts", "rollout/repeated_syncs", "rollout/continued_tokens")
+
 
 class TooManyRestarts(RunError):
     """Servers die again and again."""
@@ -60,6 +62,7 @@ class SglangEngine:
         self._tokenizer, self._stop_ids, self._store = tokenizer, stop_ids, store
         self._timeline = timeline or Timeline()
         self._weights: WeightSource | None = None
+        self._bare: set[int] = set()  # servers that were made anew and have no weights yet
         self._ready = False
         self._passes = 0
         self._failures: Counter[int] = Counter()  # by server, since the last `take_metrics`
@@ -76,6 +79,7 @@ class SglangEngine:
         """Bring all servers to `version`. Raises ServerNotStarted, TooManyRestarts."""
         self._await_servers()
         self.version, self._weights = version, weights
+        self._bare.clear()
         self._load(set(range(self._group.member.servers)))
 
     def generate(
@@ -94,11 +98,7 @@ class SglangEngine:
         """Restarts, repeated syncs and continued tokens of all servers since the last call."""
         mine, self._metrics = self._metrics, {}
         self._failures.clear()  # a step has gone by
-        total: Metrics = {
-            "rollout/server_restarts": 0,
-            "rollout/repeated_syncs": 0,
-            "rollout/continued_tokens": 0,
-        }
+        total: Metrics = dict.fromkeys(COUNTED, 0)
         for found in self._group.gathered(mine):
             for name, value in found.items():
                 total[name] += value
@@ -113,6 +113,8 @@ class SglangEngine:
     def _passes_over(
         self, prompts: list[Prompt], sampling: Sampling, enough: Tally | None
     ) -> Iterator[Group]:
+        if self._bare:
+            self._load_inside(self._bare.copy())
         while prompts:
             self._passes += 1
             mine = yield from self._one_pass(prompts, sampling, enough)
@@ -131,8 +133,7 @@ class SglangEngine:
             prompts = [prompt for prompt in prompts if prompt.prompt_id not in answered]
             if problems:
                 self._make_anew(problems)
-                with self.for_sync():
-                    self._load(set(problems))
+                self._load_inside(set(problems))
             if any(reached for _, reached in reports):
                 return
             if prompts and not problems:
@@ -186,6 +187,12 @@ class SglangEngine:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     # ------------------------------------------------------------------ weights and restarts
+
+    def _load_inside(self, servers: set[int]) -> None:
+        """Sync these servers in a phase that has another purpose."""
+        with self.for_sync():
+            self._load(servers)
+        self._bare -= servers
 
     def _load(self, servers: set[int]) -> None:
         """Sync these servers; again those that failed, restarted unless only checksums differ."""
@@ -249,8 +256,8 @@ class SglangEngine:
         self.version = -1
 
     def _lost(self, problems: dict[int, Problem]) -> None:
-        """Servers died between two uses: new ones have no weights."""
-        self._forget()
+        """Servers died between two uses: new ones get weights before they generate."""
+        self._bare |= problems.keys()
         self._make_anew(problems)
 
     def _make_anew(self, problems: dict[int, Problem]) -> None:

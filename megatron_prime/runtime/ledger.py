@@ -7,8 +7,11 @@ stands in every out-of-memory error, with the knob that would help.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import torch
 
 from megatron_prime.errors import RunError
 from megatron_prime.planner.residency import Buffers, Table
@@ -16,6 +19,7 @@ from megatron_prime.runtime.memory import Buffer
 
 GIB = 2**30
 TOLERANCE = 0.01  # of a buffer's planned bytes
+ROUNDING = 2**26  # bytes that the allocator's blocks may make
 _UNCHECKED = ("fp8_copies", "cuda_graphs")  # the plan's figures were never held against a GPU
 
 
@@ -63,6 +67,29 @@ class Ledger:
                 )
         return total
 
+    @contextmanager
+    def of_allocator(self, phase: str) -> Iterator[None]:
+        """Around moves: what left our buffers on a GPU must have come back to torch's allocator.
+
+        Raises LedgerError when somebody else still holds it. Does nothing without a GPU.
+        """
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        allocated, held = torch.cuda.memory_allocated(), self._own()
+        yield
+        freed, left = allocated - torch.cuda.memory_allocated(), held - self._own()
+        if freed < left - max(TOLERANCE * abs(left), ROUNDING):
+            raise LedgerError(
+                f"torch's allocator got back {freed} bytes of the {left} that left in {phase}: "
+                "something else holds them; this is a mistake in megatron_prime, please report it\n"
+                + self.table(phase)
+            )
+
+    def _own(self) -> int:
+        """Bytes on the device, without those of other processes."""
+        return sum(b.held()[0] for b in self._buffers.values() if not b.collective)
+
     def table(self, phase: str) -> str:
         """Every buffer: planned, and measured on device and host, the largest first."""
         held = {name: buffer.held() for name, buffer in self._buffers.items()}
@@ -71,7 +98,7 @@ class Ledger:
         lines = [f"{'GiB in ' + phase:24}{'planned':>10}{'device':>10}{'host':>10}"]
         for name in names:
             device, host = held.get(name, (0, 0))
-            on = planned.get(name, 0) if name in self.limits.table[phase] else 0
+            on = planned.get(name, 0) if name in self.limits.table.get(phase, ()) else 0
             if on or device or host:
                 lines.append(f"{name:24}{on / GIB:>10.3f}{device / GIB:>10.3f}{host / GIB:>10.3f}")
         work = self.limits.work.get(phase, 0)
@@ -82,6 +109,7 @@ class Ledger:
 def knob(phase: str) -> str:
     """The knob that matters most for a phase's memory, and the command that compares them all."""
     of_phase = {
+        "start": "rollout.engine and policy on more ranks",
         "generate": "sglang.mem_fraction_static or rollout.batch_size, lower",
         "evaluate": "sglang.mem_fraction_static or rollout.batch_size, lower",
         "score": "policy.micro_batch_tokens and prm.micro_batch_tokens, lower",

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from megatron_prime.errors import RunError
-from megatron_prime.planner.residency import ALL, MOVES, START, WRITTEN, Buffers
+from megatron_prime.planner.residency import ALL, ENGINE, MOVES, NEEDED, START, WRITTEN, Buffers
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.deadline import Deadlines
 from megatron_prime.runtime.ledger import GIB, Ledger, Limits
@@ -61,18 +61,44 @@ class PhaseScheduler:
             self._mover.add(buffer)
 
     @property
-    def moves_memory(self) -> bool:
-        """Whether any buffer ever has to leave."""
-        return any(not row >= ALL for row in self._limits.table.values())
+    def engine_leaves(self) -> bool:
+        """Whether anything of the rollout engine ever has to leave."""
+        return any(not row >= ENGINE for row in self._limits.table.values())
 
     @property
     def planned(self) -> Mapping[str, int]:
         """Bytes of each buffer by plan; empty without one."""
         return self._limits.planned
 
-    def make_room(self, phase: Phase) -> None:
-        """Before the first phase: let what was added so far lie as `phase` wants it."""
-        self._arrange(phase.value)
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Before the first phase: a model is built, or a server started. Raises DeviceFull."""
+        with self._full_is_told(START):
+            yield
+
+    def make_room(self) -> None:
+        """Before the first phase: send what was added so far away, if anything ever leaves.
+
+        Models are built one after the other, and servers size their cache by what they find free.
+        """
+        if self.moves:
+            self._arrange(START, NEEDED[Phase.GENERATE.value])
+
+    @contextmanager
+    def visit(self, owner: str) -> Iterator[None]:
+        """Before the first phase: have what a checkpoint fills of `owner` on the device."""
+        states = frozenset(f"{owner}.{kind}" for kind in ("weights", "masters", "moments"))
+        with self.starting():
+            if self.moves:
+                self._arrange(START, states)
+            yield
+        self._mover.written(states)
+        self.make_room()
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything ever has to leave."""
+        return any(not row >= ALL for row in self._limits.table.values())
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -87,7 +113,7 @@ class PhaseScheduler:
         try:
             with self._full_is_told(phase.value), self._watched(phase):
                 with self._counted("switch"):
-                    self._arrange(phase.value)
+                    self._arrange(phase.value, self._limits.table[phase.value])
                 with self._counted(phase.value), self.timeline.phase(phase):
                     yield
                     if torch.cuda.is_initialized():
@@ -104,9 +130,9 @@ class PhaseScheduler:
         """
         assert self._current is not None, "a phase is on"
         with self._full_is_told(phase.value):
-            self._arrange(phase.value)
+            self._arrange(phase.value, self._limits.table[phase.value])
             yield
-            self._arrange(self._current.value)
+            self._arrange(self._current.value, self._limits.table[self._current.value])
 
     def take_seconds(self) -> Metrics:
         """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves, and the
@@ -115,7 +141,7 @@ class PhaseScheduler:
         seconds = {f"time/{name}_s": seconds for name, seconds in taken.items()}
         return seconds | self.timeline.take_seconds()
 
-    def peak_memory(self) -> Metrics:
+    def take_memory(self) -> Metrics:
         """In GiB: the most that this process has held so far, on the host and on a GPU; what all
         buffers held on the device in each phase, and what was moved, since the last call."""
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -144,10 +170,9 @@ class PhaseScheduler:
                 f"{', '.join(sorted(MOVES[self._last]))}"
             )
 
-    def _arrange(self, name: str) -> None:
+    def _arrange(self, name: str, row: Buffers) -> None:
         """Move the difference, then assert that it is so."""
-        row = self._limits.table[name]
-        self._switch(row)
+        self._switch(name, row)
         held = self._ledger.check(name, row)
         self._memory[f"memory/{name}_device_gib"] = held / GIB
         budget, work = self._limits.budget, self._limits.work.get(name, 0)
@@ -157,14 +182,14 @@ class PhaseScheduler:
                 f"{held / GIB:.3f} GiB of {budget / GIB:.3f} GiB"
             )
 
-    def _switch(self, row: Buffers) -> None:
+    def _switch(self, name: str, row: Buffers) -> None:
         mover, moved = self._mover, self._mover.moved
         wanted = row & mover.buffers.keys()
         leaving, coming = mover.present - wanted, wanted - mover.present
         if not leaving and not coming:
             return
         to_host, to_device = moved.to_host, moved.to_device
-        with self.timeline.switching(leaving, coming) as notes:
+        with self.timeline.switching(leaving, coming) as notes, self._ledger.of_allocator(name):
             mover.switch(row)
             notes["bytes_to_host"] = moved.to_host - to_host
             notes["bytes_to_device"] = moved.to_device - to_device

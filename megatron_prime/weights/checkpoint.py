@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prime.config import RunConfig
+from megatron_prime.config_file import flatten
 from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls, save_in_process
@@ -60,6 +62,9 @@ FREE = (
     "debug.save_rollouts",
     "megatron.",
 )
+
+
+Visit = Callable[[str], AbstractContextManager[None]]
 
 
 class CheckpointError(RunError):
@@ -156,9 +161,10 @@ class RunCheckpoints:
         if rank == 0:
             manifest.write(temporary, {name: e for part in parts for name, e in part.items()})
 
-    def resume(self) -> LoopState | None:
+    def resume(self, visit: Visit | None = None) -> LoopState | None:
         """Load the newest checkpoint into the models and the data stream; None if there is none.
 
+        `visit`: surrounds the loading of each engine, which it gets by name.
         Raises CheckpointError naming the file that is damaged and the last checkpoint that is not,
         or the knobs that are not what they were when the run began.
         """
@@ -172,7 +178,7 @@ class RunCheckpoints:
             saved = json.loads((newest / "run.json").read_text())
             self._check_config(saved["config"])
             for name, engine in self.engines.items():
-                with megatron_calls():
+                with visit(name) if visit else nullcontext(), megatron_calls():
                     wanted = engine.sharded_state_dict(is_loading=True)
                     engine.load_state_dict(dist_checkpointing.load(wanted, newest / name))
             rng = newest / "rng" / f"rank_{dist.get_rank():05d}.pt"
@@ -262,17 +268,6 @@ def completed(folder: Path) -> list[Path]:
         if (match := _STEP.fullmatch(path.name))
     ]
     return [path for _, path in sorted(steps)]
-
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _set_aside(checkpoint: Path) -> Path:

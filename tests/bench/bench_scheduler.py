@@ -153,12 +153,12 @@ def moved(models: Models, repeat: int) -> None:
     gpus = models.scheduler(NEEDED)
     for _ in range(WARM_UP):
         models.step(gpus)
-    gpus.peak_memory()
+    gpus.take_memory()
     started = time.perf_counter()
     for _ in range(repeat):
         models.step(gpus)
     elapsed = (time.perf_counter() - started) / repeat
-    figures = gpus.peak_memory()
+    figures = gpus.take_memory()
     found = sum(figures[f"memory/moved_to_{where}_gib"] for where in ("host", "device"))
     least = repeat * least_bytes(models) / 2**30
     row(

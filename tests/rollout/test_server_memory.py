@@ -94,15 +94,29 @@ def test_one_that_died_meanwhile_is_made_anew_and_holds_no_more_than_the_others(
     assert engine.take_metrics()["rollout/server_restarts"] == 1
 
 
-def test_a_death_between_generation_and_release_costs_the_weights(make) -> None:
+@pytest.mark.parametrize("next_phase", ["sync_weights", "generate"])
+def test_a_death_between_two_uses_is_made_good_before_the_next(make, next_phase) -> None:
+    """`sync_weights` releases, `generate` resumes: that is where it is noticed."""
     setting, engine, mover = make()
+    entered = []
+
+    @contextmanager
+    def for_sync():
+        entered.append(sorted(mover.present))
+        yield
+
+    engine.for_sync = for_sync
+    if next_phase == "generate":
+        mover.switch(NEEDED["sync_weights"])
     setting.load(engine, 1)
     os.kill(engine._group._server.pid, signal.SIGKILL)
-    mover.switch(NEEDED["sync_weights"])  # weights stay, but nobody has them any more
-    assert engine.version == -1
-    setting.load(engine, 1)
+    mover.switch(NEEDED[next_phase])
+    assert engine.version == 1
     mover.switch(NEEDED["generate"])
     check_groups(list(engine.generate(PROMPTS, SAMPLING)), setting.digest(1), 1)
+    assert len(entered) == 1
+    check_groups(list(engine.generate(PROMPTS, SAMPLING)), setting.digest(1), 1)
+    assert len(entered) == 1
 
 
 def test_weights_are_fetched_for_a_server_that_dies_while_it_generates(make) -> None:

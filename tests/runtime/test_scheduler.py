@@ -191,7 +191,7 @@ def test_a_switch_is_idle_time_and_told_to_the_timeline(tmp_path) -> None:
 
 
 def test_peak_memory_is_this_process() -> None:
-    peak = resident().peak_memory()["memory/host_peak_gib"] * 2**30
+    peak = resident().take_memory()["memory/host_peak_gib"] * 2**30
     now = psutil.Process().memory_info().rss
     assert 0.95 * now <= peak < 100 * 2**30
 
@@ -218,7 +218,7 @@ def test_a_phase_finds_what_it_needs_and_no_more() -> None:
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     scheduler = PhaseScheduler(Limits(NEEDED), CPU)
     scheduler.add(buffers)
-    scheduler.make_room(Phase.GENERATE)
+    scheduler.make_room()
     found = {}
     for phase in (Phase.GENERATE, Phase.SCORE, Phase.UPDATE_PRM, Phase.UPDATE_POLICY):
         with scheduler.phase(phase):
@@ -233,15 +233,55 @@ def test_a_phase_finds_what_it_needs_and_no_more() -> None:
         Phase.UPDATE_PRM: set(),
         Phase.UPDATE_POLICY: {weights, moments},
     }
-    figures = scheduler.peak_memory()
+    figures = scheduler.take_memory()
     assert figures["memory/score_device_gib"] == 8000 / 2**30
     assert figures["memory/moved_to_host_gib"] == 16000 / 2**30, "all, once"
     assert figures["memory/moved_to_device_gib"] == (8000 + 12000) / 2**30
     walk(scheduler, Phase.CHECKPOINT, Phase.GENERATE, Phase.SCORE)
     assert torch.equal(tensors["policy.weights"], before["policy.weights"] + 1)
     assert torch.equal(tensors["reference.weights"], before["reference.weights"])
-    again = scheduler.peak_memory()
+    again = scheduler.take_memory()
     assert again["memory/moved_to_host_gib"] == 12000 / 2**30, "what the update may have changed"
+
+
+def test_at_the_start_a_model_makes_room_and_a_checkpoint_visits_it() -> None:
+    tensors, buffers = model()
+    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler.add(buffers)
+    scheduler.make_room()
+    assert all(buffer.held()[0] == 0 for buffer in buffers)
+    with scheduler.visit("policy"):
+        there = {buffer.name for buffer in buffers if buffer.held()[0]}
+        assert there == {"policy.weights", "policy.moments"}
+        tensors["policy.weights"].fill_(5.0)
+        tensors["policy.moments"].fill_(6.0)
+    assert all(buffer.held()[0] == 0 for buffer in buffers)
+    with scheduler.phase(Phase.GENERATE):
+        pass
+    with scheduler.phase(Phase.UPDATE_POLICY):
+        assert bool((tensors["policy.weights"] == 5.0).all())
+        assert bool((tensors["policy.moments"] == 6.0).all())
+    stays = resident()
+    stays.add(buffers)
+    stays.make_room()
+    with stays.visit("policy"):
+        pass
+    assert stays.take_memory()["memory/moved_to_host_gib"] == 0, "where all fits nothing moves"
+
+
+def test_memory_that_the_allocator_did_not_get_back_is_noticed(monkeypatch) -> None:
+    """A second reference to a moment: its piece is away, its bytes are not."""
+    allocated = [10 * 2**30]
+    monkeypatch.setattr(module.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(module.torch.cuda, "memory_allocated", lambda: allocated[0])
+    moments = torch.zeros(2**26)  # 256 MiB
+    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler.add([Buffer("policy.moments", Slabs(lambda: [moments]))])
+    with pytest.raises(
+        LedgerError, match=r"got back 0 bytes of the 268435456 that left in generate"
+    ):
+        walk(scheduler, Phase.GENERATE)
 
 
 def test_buffers_that_have_no_room_are_refused_with_the_table() -> None:
