@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from megatron_prime.config import ConfigError, RunConfig
@@ -12,8 +14,8 @@ from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.planner.door import check_fits, machine_of
-from megatron_prime.planner.memory import make_plan
-from megatron_prime.planner.residency import NEEDED, RESIDENT
+from megatron_prime.planner.memory import GIB, make_plan
+from megatron_prime.planner.residency import NEEDED, RESIDENT, Table
 from megatron_prime.planner.table import at_most, plan_of
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.runtime.ledger import Limits
@@ -52,17 +54,40 @@ def limits_of(config: RunConfig, ranks: WorldRanks) -> Limits:
     unless `memory.start_anyway` is set: such a run has no budget, and its bytes are not checked.
     """
     on_gpu, world_size = ranks.device.type == "cuda", ranks.world_size
-    check_fits(config, world_size, device_bytes(ranks), on_gpu)
-    machine = machine_of(config, device_bytes(ranks), on_gpu)
+    found = device_bytes(ranks)
+    check_fits(config, world_size, found, on_gpu)
+    machine = machine_of(config, found, on_gpu)
     try:
         table, least = plan_of(config, world_size, machine)
-        mine = make_plan(config, world_size, least.machine, table).ranks[ranks.rank]
-    except ConfigError:  # the plan knows less layouts than Megatron, and nothing depends on it
+        mine = make_plan(config, world_size, least.machine, table).ranks[ranks.rank].kept
+    except ConfigError as error:  # the plan knows less layouts than Megatron; nothing depends on it
+        tell(ranks, f"memory: no plan, so nothing is checked ({error})")
         return Limits(NEEDED if config.memory.offload == "always" else RESIDENT)
+    tell(ranks, f"memory: {what_leaves(table, mine)}")
     if config.memory.start_anyway:
         return Limits(table)
-    budget = None if machine is None else machine.device_bytes - machine.reserve_bytes
-    return Limits(table, budget, mine.kept, at_most(least)[1])
+    budget = None
+    if machine is not None:
+        fixed = mine.get("sync.buffers", 0)
+        budget = machine.device_bytes - machine.reserve_bytes - fixed
+    return Limits(table, budget, mine, at_most(least)[1])
+
+
+def what_leaves(table: Table, kept: Mapping[str, int]) -> str:
+    """One line for the start of a run."""
+    names = [
+        name for name, n in kept.items() if n and any(name not in row for row in table.values())
+    ]
+    if not names:
+        return "everything stays on the device"
+    gone = sum(kept[name] for name in names) / GIB
+    return f"{', '.join(names)} leave while they are not needed ({gone:.3g} GiB on rank 0)"
+
+
+def tell(ranks: WorldRanks, line: str) -> None:
+    """Say it once."""
+    if ranks.rank == 0:
+        print(line, flush=True)
 
 
 def device_bytes(ranks: WorldRanks) -> int | None:
