@@ -28,6 +28,7 @@ def test_four_ranks_in_fp32(job: Job, full: str) -> None:
     expected, found = figures(job, full), figures(job, "offloaded")
     found[2] = {n: v for n, v in found[2].items() if not n.startswith("evaluate/")}  # a last step's
     assert found == expected
+    assert saved_bytes(job, "offloaded") == pytest.approx(saved_bytes(job, full), rel=0.01)
     resident, offloaded = job.metrics(full), job.metrics("offloaded")
     for step in range(1, 7):
         for phase in ("generate", "score", "update_prm", "update_policy"):
@@ -70,3 +71,9 @@ def test_a_device_that_is_too_small_for_anything_is_refused(job: Job) -> None:
 
 def gib(nbytes: float) -> str:
     return f"--memory.device_gib={nbytes / GIB!r}"
+
+
+def saved_bytes(job: Job, name: str) -> int:
+    """Of the last checkpoint: tensors that share a slab must not each take the whole slab along."""
+    files = (job.run(name) / "checkpoints" / "step_000006").rglob("*")
+    return sum(path.stat().st_size for path in files)
