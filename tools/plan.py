@@ -23,13 +23,12 @@ from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.config_file import load
 from megatron_prime.planner import report
 from megatron_prime.planner.advice import advise
-from megatron_prime.planner.door import machine_of
+from megatron_prime.planner.door import machine_of, plan_or_advice
 from megatron_prime.planner.lengths import Expectations
 from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.rates import GPUS, Rates, rates_of
 from megatron_prime.planner.search import search
 from megatron_prime.planner.seconds import predict
-from megatron_prime.planner.table import plan_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         expected = Expectations.of(
             config, known.mean_prompt, known.mean_response, known.sampled_per_kept, known.spread
         )
-        device = config.memory.device_gib or rates.memory_gib
+        on_cpu = config.memory.device_gib if known.cpu else None
+        device = known.device_gib or on_cpu or rates.memory_gib
         machine = machine_of(config, round(device * GIB), not known.cpu)
         assert machine is not None, "a device's memory was given"
         show = print_search if known.search else print_step
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add, known = step.add_argument, ", ".join(GPUS)
     add("--gpu", default="h100", help=f"whose rates and memory: {known}")
     add("--rate", action="append", default=[], metavar="NAME=VALUE", help="another rate of it")
-    add("--device-gib", type=float, help="memory of a device; default: memory.device_gib, or --gpu")
+    add("--device-gib", type=float, help="memory of a device; default: as a run's on --gpu")
     add("--reserve-gib", type=float, help="what is not counted; default: memory.reserve_gib")
     add("--offload", action="store_true", help='as --memory.offload="always"')
     add("--cpu", action="store_true", help="plain layers and optimizer; no seconds")
@@ -103,9 +103,9 @@ def print_step(
 ) -> int:
     """The plan of a step; 0 if it fits, else 2."""
     ranks = _ranks(config, options.ranks)
-    table, _ = plan_of(config, ranks, machine)
+    table, _ = plan_or_advice(config, ranks, machine)
     plan = make_plan(config, ranks, machine, table)
-    advice = [] if plan.fits else advise(config, ranks, machine, table)
+    advice = [] if plan.fits else advise(config, ranks, machine)
     step = predict(config, plan, table, rates, expected) if machine.on_gpu else None
     if options.picture:
         from megatron_prime.planner.picture import draw

@@ -1,4 +1,7 @@
-"""Which knob would help most: every candidate is planned, and what it would come to is compared."""
+"""Which knob would help most: every candidate is planned, and what it would come to is compared.
+
+Each gets a table of its own, as `memory.offload` asks for: what fits may let less leave.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.planner.engine_bytes import DEFAULT_FRACTION
-from megatron_prime.planner.memory import Machine, make_plan
-from megatron_prime.planner.residency import NEEDED, Buffers
+from megatron_prime.planner.memory import Machine, MemoryPlan
+from megatron_prime.planner.table import plan_of
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 _FULL = {
@@ -28,25 +31,30 @@ class Advice:
     fits: bool
 
 
-def advise(
-    config: RunConfig, world_size: int, machine: Machine, table: Mapping[str, Buffers]
-) -> list[Advice]:
-    """Changes that lower the peak, the one that lowers it most first."""
-    before = make_plan(config, world_size, machine, table, one_per_stage=True).peak.device
+def advise(config: RunConfig, world_size: int, machine: Machine) -> list[Advice]:
+    """Changes that lower the peak, the one that lowers it most first.
+
+    Where servers find no room there is no peak; then all changes that mend that.
+    """
+    before = _planned(config, world_size, machine)
     found = []
     for change, changed in _candidates(config, machine):
-        try:
-            plan = make_plan(changed, world_size, machine, table, one_per_stage=True)
-        except ConfigError:  # the model or the ranks can't be cut so
+        plan = _planned(changed, world_size, machine)
+        if plan is None or changed.policy.mini_batch_size % (
+            world_size // changed.parallel.replica
+        ):
             continue
-        replicas = world_size // changed.parallel.replica
-        if changed.policy.mini_batch_size % replicas == 0 and plan.peak.device < before:
+        if before is None or plan.peak.device < before.peak.device:
             found.append(Advice(change, plan.peak.device, plan.fits))
-    if config.memory.offload == "never":
-        plan = make_plan(config, world_size, machine, NEEDED, one_per_stage=True)
-        if plan.peak.device < before:
-            found.append(Advice('memory.offload = "auto"', plan.peak.device, plan.fits))
     return sorted(found, key=lambda advice: advice.peak)
+
+
+def _planned(config: RunConfig, world_size: int, machine: Machine) -> MemoryPlan | None:
+    """None where the model or the ranks can't be cut so, or servers find no room."""
+    try:
+        return plan_of(config, world_size, machine)[1]
+    except ConfigError:
+        return None
 
 
 def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[str, RunConfig]]:
@@ -81,6 +89,8 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[str, RunC
     else:
         size = max(1, rollout.batch_size // 2)
         yield f"rollout.batch_size = {size}", _with(config, "rollout", batch_size=size)
+    if config.memory.offload == "never":
+        yield 'memory.offload = "auto"', _with(config, "memory", offload="auto")
 
 
 def _smaller_packs(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.planner.advice import advise
-from megatron_prime.planner.memory import GIB, Machine
-from megatron_prime.planner.report import short_table
+from megatron_prime.planner.engine_bytes import NoRoomForServers
+from megatron_prime.planner.memory import GIB, Machine, MemoryPlan
+from megatron_prime.planner.report import advice_lines, short_table
+from megatron_prime.planner.residency import Table
 from megatron_prime.planner.table import plan_of
 
 
@@ -23,6 +25,17 @@ def machine_of(config: RunConfig, device_bytes: int | None, on_gpu: bool) -> Mac
     return Machine(min(limits), round(knobs.reserve_gib * GIB) if on_gpu else 0, on_gpu)
 
 
+def plan_or_advice(
+    config: RunConfig, world_size: int, machine: Machine
+) -> tuple[Table, MemoryPlan]:
+    """`plan_of`, whose ConfigError also says what would help where servers find no room."""
+    try:
+        return plan_of(config, world_size, machine)
+    except NoRoomForServers as error:
+        advice = advice_lines(advise(config, world_size, machine))
+        raise NoRoomForServers("\n".join([str(error), *advice])) from None
+
+
 def check_fits(config: RunConfig, world_size: int, device_bytes: int | None, on_gpu: bool) -> None:
     """Raise ConfigError, with who needs how much and what would help, when `train` can't fit.
 
@@ -31,10 +44,15 @@ def check_fits(config: RunConfig, world_size: int, device_bytes: int | None, on_
     machine = machine_of(config, device_bytes, on_gpu)
     if machine is None or config.memory.start_anyway:
         return
-    table, plan = plan_of(config, world_size, machine)
-    if plan.fits:
-        return
+    try:
+        _, plan = plan_or_advice(config, world_size, machine)
+    except NoRoomForServers as error:
+        refusal = str(error)
+    else:
+        if plan.fits:
+            return
+        refusal = short_table(plan, advise(config, world_size, machine))
     raise ConfigError(
-        f"{short_table(plan, advise(config, world_size, machine, table))}\n"
+        f"{refusal}\n"
         "or set memory.start_anyway = true, if the plan counts too much (docs/planner.md)"
     )

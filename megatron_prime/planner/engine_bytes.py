@@ -1,20 +1,28 @@
 """What the rollout engine keeps on a rank: weights, key/value cache, the buffers of weight syncs.
 
 Key/value cache: what `sglang.max_total_tokens` asks for; else what `sglang.mem_fraction_static`
-leaves beside the engine's weights of the memory that is free when the engine starts, and no less
-than the longest sequence. The local engine allocates a cache for
-`rollout.batch_size` of the longest sequences.
+leaves beside the engine's weights of the memory that is free when the engine starts. On a GPU that
+must hold the longest sequence, or there is no plan: SGLang itself ends where weights alone are
+more. A CPU's memory is not counted so; there the longest sequence always has room. The local engine
+allocates a cache for `rollout.batch_size` of the longest sequences.
 """
 
 from __future__ import annotations
 
-from megatron_prime.config import RunConfig
+from math import ceil
+
+from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.planner.counts import engine_count
 from megatron_prime.planner.states import VALUE_BYTES
 from megatron_prime.weights.shape import ModelShape
 
 DEFAULT_FRACTION = 0.4  # sglang.mem_fraction_static, as GPU_DEFAULTS in sglang_arguments.py
 _FP8_VALUE = 1 + 4 / 128**2  # with the scale of its block
+_GIB = 2**30
+
+
+class NoRoomForServers(ConfigError):
+    """Servers would find less memory than their weights and one sequence take."""
 
 
 def engine_tp(config: RunConfig) -> int:
@@ -42,30 +50,50 @@ def longest_sequence(config: RunConfig) -> int:
     return config.data.max_prompt_length + config.rollout.max_response_length
 
 
-def engine_bytes(
-    config: RunConfig,
-    shape: ModelShape,
-    device_bytes: int,
-    reserve_bytes: int,
-    others: int,
-) -> dict[str, int]:
-    """By name. `others`: what the trainer keeps on the device when the engine starts."""
+def sync_buffers(config: RunConfig, shape: ModelShape) -> int:
+    """Bytes in which new weights are handed to a server, on each rank."""
+    return 2 * min(int(config.rollout.sync_bucket_mib * 2**20), weight_bytes(config, shape))
+
+
+def kv_tokens(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> int:
+    """Tokens of key/value cache that a server has, or the local engine on each rank.
+
+    `free`: bytes of a rank's device when the engine starts, without the reserve. Raises
+    NoRoomForServers where, on a GPU, that is too little.
+    """
+    rollout, sglang, longest = config.rollout, config.sglang, longest_sequence(config)
+    if rollout.engine == "local":
+        return rollout.batch_size * longest
+    if (asked := sglang.get("max_total_tokens")) is not None:
+        return int(asked)
+    weights, per_token = weight_bytes(config, shape), cache_bytes_per_token(config, shape)
+    fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
+    usable = free - sync_buffers(config, shape)
+    tokens = int(fraction * usable - weights) // per_token
+    if on_gpu and tokens < longest:
+        wanted = weights + longest * per_token
+        least = ceil(100 * wanted / usable) / 100 if usable > 0 else 1.0
+        raise NoRoomForServers(
+            f"sglang.mem_fraction_static: found {fraction:g} of the {max(0, usable) / _GIB:.1f} GiB"
+            f" that servers find free on each GPU, wanted {wanted / _GIB:.1f} GiB: weights "
+            f"{weights / _GIB:.1f}, keys and values of one sequence of {longest} tokens "
+            f"{longest * per_token / _GIB:.1f}; raise "
+            + (f"it to {least:.2f} or more, or " if least < 1 else "")
+            + f"rollout.tensor_parallel_size (now {rollout.tensor_parallel_size})"
+            + (', or set memory.offload = "auto"' if config.memory.offload == "never" else "")
+        )
+    return max(longest, tokens)
+
+
+def engine_bytes(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> dict[str, int]:
+    """By name; `free` as in `kv_tokens`."""
     if config.debug.rollouts_from is not None:
         return {}  # rollouts are read, there is no engine
-    rollout, sglang = config.rollout, config.sglang
-    weights, per_token = weight_bytes(config, shape), cache_bytes_per_token(config, shape)
-    longest = longest_sequence(config)
-    if rollout.engine == "local":
-        cache = rollout.batch_size * longest * per_token
-        return {"engine.weights": weights, "engine.kv_cache": cache}
-    buffers = 2 * min(int(rollout.sync_bucket_mib * 2**20), weights)
-    tokens = sglang.get("max_total_tokens")
-    if tokens is None:
-        fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
-        usable = device_bytes - reserve_bytes - others - buffers
-        tokens = max(longest, int(fraction * usable - weights) // per_token)
-    return {
-        "engine.weights": weights,
-        "engine.kv_cache": tokens * per_token,
-        "sync.buffers": buffers,
+    found = {
+        "engine.weights": weight_bytes(config, shape),
+        "engine.kv_cache": kv_tokens(config, shape, free, on_gpu)
+        * cache_bytes_per_token(config, shape),
     }
+    if config.rollout.engine == "sglang":
+        found["sync.buffers"] = sync_buffers(config, shape)
+    return found

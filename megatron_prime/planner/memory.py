@@ -26,7 +26,7 @@ from megatron_prime.config import (
 )
 from megatron_prime.planner.activations import ActivationBytes, Computation, activations
 from megatron_prime.planner.counts import chunks, count
-from megatron_prime.planner.engine_bytes import engine_bytes
+from megatron_prime.planner.engine_bytes import engine_bytes, longest_sequence
 from megatron_prime.planner.residency import (
     GENERATE,
     NEEDED,
@@ -38,12 +38,7 @@ from megatron_prime.planner.residency import (
     Buffers,
     on_host,
 )
-from megatron_prime.planner.states import (
-    Sharding,
-    StateBytes,
-    frozen_bytes,
-    trained_bytes,
-)
+from megatron_prime.planner.states import Sharding, StateBytes, frozen_bytes, trained_bytes
 from megatron_prime.precision_rules import token_multiple
 from megatron_prime.weights.shape import ModelShape
 
@@ -77,6 +72,7 @@ class RankPlan:
     parameters: int  # of the policy
     kept: Mapping[str, int]
     work: Mapping[str, int]
+    host: int  # page-locked, once all that ever leaves the device has left it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,6 @@ class PhasePlan:
     rank: int
     resident: Mapping[str, int]
     working: tuple[str, int]  # the largest of the phase's works
-    host: int
 
     @property
     def device(self) -> int:
@@ -108,6 +103,11 @@ class MemoryPlan:
     def peak(self) -> PhasePlan:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Page-locked host memory of the rank that has most; the same in all phases."""
+        return max(rank.host for rank in self.ranks)
 
     @property
     def fits(self) -> bool:
@@ -142,7 +142,8 @@ def make_plan(
     """The plan of `python -m megatron_prime train` on `world_size` ranks.
 
     `one_per_stage`: only the first rank of each pipeline stage, which needs as much as the others
-    or more. Raises ConfigError when models or ranks can't be cut as `[megatron]` says.
+    or more. Raises ConfigError when models or ranks can't be cut as `[megatron]` says, or servers
+    would find no room for a key/value cache.
     """
     sizes = config.parallel
     if world_size % sizes.replica:
@@ -154,7 +155,8 @@ def make_plan(
     if uneven := [option for option in UNEVEN if config.megatron.get(option)]:
         raise ConfigError(
             f"megatron.{uneven[0]}: found {config.megatron[uneven[0]]!r}; the plan knows equal "
-            "pipeline stages only; remove it"
+            "pipeline stages only; remove it, or set memory.start_anyway = true to run without a "
+            "plan"
         )
     planner = _Planner(config, world_size // sizes.replica, machine, table)
     places = [
@@ -169,28 +171,22 @@ def make_plan(
         for number, place in enumerate(places)
         if not one_per_stage or place.tp == place.cp == place.dp == 0
     )
-    names: tuple[ModelName, ...] = ("policy", "prm", "reference")
-    in_fp32 = frozenset(name for name in names if config.precision.of(name).dtype == "fp32")
     phases = [
-        max((_phase(phase, rank, table, in_fp32) for rank in ranks), key=lambda p: p.device)
+        max((_phase(phase, rank, table) for rank in ranks), key=lambda p: p.device)
         for phase in PHASES
         if config.uses_prm or phase != UPDATE_PRM
     ]
     return MemoryPlan(machine, world_size, ranks, tuple(phases))
 
 
-def _phase(
-    phase: str, rank: RankPlan, table: Mapping[str, Buffers], in_fp32: frozenset[str]
-) -> PhasePlan:
+def _phase(phase: str, rank: RankPlan, table: Mapping[str, Buffers]) -> PhasePlan:
     resident = {name: n for name, n in rank.kept.items() if n and name in table[phase]}
     works = [(name, rank.work[name]) for name in WORK.get(phase, ()) if name in rank.work]
-    host = on_host(phase, table, in_fp32)
     return PhasePlan(
         phase=phase,
         rank=rank.rank,
         resident=resident,
         working=max(works, key=lambda work: work[1], default=("", 0)),
-        host=sum(n for name, n in rank.kept.items() if name in host),
     )
 
 
@@ -227,16 +223,37 @@ class _Planner:
                 "prm": policy if own is None else ModelShape.from_hf(own, tp),
                 "reference": policy,
             }
-        self.longest = config.data.max_prompt_length + config.rollout.max_response_length
+        self.longest = longest_sequence(config)
         self._activation = cache(self._activations)
+        in_fp32 = frozenset(n for n in self.shapes if config.precision.of(n).dtype == "fp32")
+        self._on_host = on_host(table, in_fp32)
+        free = machine.device_bytes - machine.reserve_bytes - self._beside_servers()
+        self._engine = engine_bytes(config, policy, free, machine.on_gpu)
 
     def rank(self, number: int, place: Place) -> RankPlan:
         """What a rank keeps, and what its work needs."""
+        kept, work = self._models(place.pp, place.dp * self.config.parallel.cp + place.cp)
+        kept |= self._engine
+        parameters = _parameters(self.shapes["policy"], self.config.parallel, place.pp)
+        host = sum(n for name, n in kept.items() if name in self._on_host)
+        return RankPlan(number, place, parameters, kept, work, host)
+
+    def _beside_servers(self) -> int:
+        """Bytes of the models when servers start, on the rank that has most of them.
+
+        One number for all ranks, for all servers get the same cache: what `never` leaves there
+        (moments too, which come late), else what generation needs.
+        """
+        row = (RESIDENT if self.table is RESIDENT else NEEDED)[GENERATE]
+        stages = (self._models(stage, 0)[0] for stage in range(self.config.parallel.pp))
+        return max(sum(n for name, n in kept.items() if name in row) for kept in stages)
+
+    def _models(self, stage: int, replica: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes that the models keep, and those of their work."""
         kept: dict[str, int] = {}
         work: dict[str, int] = {}
         for name in self.shapes:
-            state = self._states(name, place.pp, place.dp * self.config.parallel.cp + place.cp)
-            active = self._activation(name, place.pp)
+            state, active = self._states(name, stage, replica), self._activation(name, stage)
             work[f"{name}.scoring"] = active.scoring
             if name == "reference":
                 kinds = {k: n for k, n in state.by_kind.items() if k in ("weights", "fp8_copies")}
@@ -246,12 +263,7 @@ class _Planner:
                 if not self.machine.on_gpu:
                     work[f"{name}.step"] = _STEP_BYTES * state.largest_shard
             kept |= {f"{name}.{kind}": n for kind, n in kinds.items()}
-        # Servers start beside what `never` leaves there, else on an empty device.
-        beside = (RESIDENT if self.table is RESIDENT else NEEDED)[GENERATE]
-        others = sum(n for key, n in kept.items() if key in beside)
-        kept |= engine_bytes(self.config, self.shapes["policy"], *self.machine[:2], others)
-        parameters = _parameters(self.shapes["policy"], self.config.parallel, place.pp)
-        return RankPlan(number, place, parameters, kept, work)
+        return kept, work
 
     def _states(self, name: ModelName, stage: int, replica: int) -> StateBytes:
         """`replica`: the number among the data- and context-parallel ranks."""
@@ -274,15 +286,9 @@ class _Planner:
     def _activations(self, name: ModelName, stage: int) -> ActivationBytes:
         config, precision = self.config, self.config.precision.of(name)
         knobs: BatchSection = config.policy if name == "policy" else config.prm
-        sizes, temperature = config.parallel, config.rollout.temperature
-        how = Computation.of(
-            config.megatron,
-            sizes,
-            stage,
-            precision,
-            temperature if name == "policy" else 1.0,
-            self.machine.on_gpu,
-        )
+        sizes, on_gpu = config.parallel, self.machine.on_gpu
+        temperature = config.rollout.temperature if name == "policy" else 1.0
+        how = Computation.of(config.megatron, sizes, stage, precision, temperature, on_gpu)
         rows = max(1, knobs.mini_batch_size // self.dp_size)
         sharing = sizes.tp if how.sequence_parallel else 1
         multiple = token_multiple(precision, sharing)

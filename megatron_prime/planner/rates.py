@@ -64,11 +64,13 @@ class Rates:
         return self.network_gb_per_s * self.link_share * 1e9
 
 
+# Memory: what torch reports as a device's total_memory, rounded down; of an "80 GB" card that is
+# about 79.1 GiB. A run's door plans with that number, so this one must not be larger.
 # Peaks: NVIDIA's data sheets "A100 80GB" (SXM4), "H100" (SXM5) and "H200" (SXM5).
 # Network: 200 Gb/s per GPU in a DGX A100, 400 Gb/s in a DGX H100 or H200 (NVIDIA's user guides).
 GPUS = {
     "a100": Rates(
-        memory_gib=80,
+        memory_gib=79,
         bf16_tflops=312,
         fp8_tflops=312,
         fp32_tflops=19.5,
@@ -79,7 +81,7 @@ GPUS = {
         compute_share=0.6,
     ),
     "h100": Rates(
-        memory_gib=80,
+        memory_gib=79,
         bf16_tflops=989,
         fp8_tflops=1979,
         fp32_tflops=67,

@@ -14,6 +14,7 @@ from megatron_prime.planner.search import Layout, Search
 from megatron_prime.planner.seconds import PhaseSeconds, StepSeconds
 
 _ADVICE = 3  # changes that are named
+_RANKS_PER_NODE = 8
 
 
 def as_json(
@@ -42,7 +43,7 @@ def as_json(
                 "phase": phase.phase,
                 "rank": phase.rank,
                 "device_bytes": phase.device,
-                "host_bytes": phase.host,
+                "host_bytes": plan.host_bytes,
                 "resident": dict(phase.resident),
                 "working": {phase.working[0]: phase.working[1]} if phase.working[0] else {},
                 **_seconds_json(step.of(phase.phase) if step else None),
@@ -51,6 +52,8 @@ def as_json(
         ],
         "step": None if step is None else _step_json(step),
         "peak": {"phase": peak.phase, "rank": peak.rank, "device_bytes": peak.device},
+        "host_bytes": plan.host_bytes,
+        "node_host_bytes": _node_host_bytes(plan),
         "device_bytes": plan.machine.device_bytes,
         "reserve_bytes": plan.machine.reserve_bytes,
         "fits": plan.fits,
@@ -196,14 +199,21 @@ def _stages(plan: MemoryPlan) -> Iterator[str]:
 
 def _phases(plan: MemoryPlan) -> Iterator[str]:
     yield "GiB per phase, on the rank that needs most"
-    yield f"{'':16}{'rank':>6}{'kept':>10}{'work':>10}{'device':>10}{'host':>10}  largest"
+    yield f"{'':16}{'rank':>6}{'kept':>10}{'work':>10}{'device':>10}  largest"
     for phase in plan.phases:
         kept = sum(phase.resident.values())
         columns = "".join(
-            f"{nbytes / GIB:>10.2f}"
-            for nbytes in (kept, phase.working[1], phase.device, phase.host)
+            f"{nbytes / GIB:>10.2f}" for nbytes in (kept, phase.working[1], phase.device)
         )
         yield f"{phase.phase:16}{phase.rank:>6}{columns}  {_largest(phase)}"
+    yield (
+        f"host memory, page-locked: {plan.host_bytes / GIB:.2f} GiB on the rank that has most, "
+        f"{_node_host_bytes(plan) / GIB:.2f} GiB at most on a node of {_RANKS_PER_NODE}"
+    )
+
+
+def _node_host_bytes(plan: MemoryPlan) -> int:
+    return plan.host_bytes * min(_RANKS_PER_NODE, plan.world_size)
 
 
 def _largest(phase: PhasePlan) -> str:
@@ -221,8 +231,14 @@ def _verdict(plan: MemoryPlan, advice: Sequence[Advice]) -> Iterator[str]:
         f"on rank {peak.rank}, and {machine.reserve_bytes / GIB:g} GiB in reserve, of "
         f"{machine.device_bytes / GIB:g} GiB"
     )
-    if not plan.fits and advice:
+    if not plan.fits:
+        yield from advice_lines(advice)
+
+
+def advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
+    """The first few changes; nothing where none would help."""
+    if advice:
         yield "what would help most, each by itself:"
-        for found in advice[:_ADVICE]:
-            fits = "fits" if found.fits else "does not fit yet"
-            yield f"  {found.change}: {found.peak / GIB:.2f} GiB, {fits}"
+    for found in advice[:_ADVICE]:
+        fits = "fits" if found.fits else "does not fit yet"
+        yield f"  {found.change}: {found.peak / GIB:.2f} GiB, {fits}"

@@ -76,10 +76,13 @@ WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are its ma
 }
 
 
-def on_host(phase: str, table: Table, fp32_models: frozenset[str]) -> Buffers:
-    """What host memory holds in a phase, because it is neither on the device nor made again."""
+def on_host(table: Table, fp32_models: frozenset[str]) -> Buffers:
+    """What has a copy in host memory, because some phase sends it away and nothing makes it again.
+
+    In all phases: a page-locked copy, once made, is kept (runtime/memory.py).
+    """
     kept = KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in fp32_models))
-    return kept - table[phase]
+    return kept - frozenset.intersection(*table.values())
 
 
 # What goes first when not everything fits: what costs nothing to bring back, then what is copied

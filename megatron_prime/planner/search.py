@@ -3,8 +3,8 @@
 All combinations of tensor, pipeline and context parallelism, of the rollout servers' tensor
 parallelism, sequence parallelism, recomputation and offloading are tried that `validate.py` lets
 pass and that keep tensor parallelism inside a node. All else is as in the TOML file, but that
-pipelines have no virtual stages. Memory is exact, seconds are predictions: the first few are worth
-a try on real GPUs, their order among each other is not worth much.
+pipelines have no virtual stages. Neither bytes nor seconds were measured on a GPU: the first few
+are worth a try there, their order among each other is not worth much.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.planner.engine_bytes import NoRoomForServers
 from megatron_prime.planner.lengths import Expectations
 from megatron_prime.planner.memory import Machine, MemoryPlan
 from megatron_prime.planner.rates import Rates
@@ -68,12 +69,17 @@ class Search:
 def search(
     config: RunConfig, world_size: int, machine: Machine, rates: Rates, expected: Expectations
 ) -> Search:
-    """Try them all. Raises ConfigError if none is valid."""
+    """Try them all. Raises ConfigError if none is valid, or none has room for its servers."""
     fitting, tried = list[Layout](), 0
     smallest: tuple[RunConfig, Table, MemoryPlan] | None = None
+    refused: NoRoomForServers | None = None
     for changed in _configs(config, world_size, rates):
         tried += 1
-        table, plan = plan_of(changed, world_size, machine)
+        try:
+            table, plan = plan_of(changed, world_size, machine)
+        except NoRoomForServers as error:
+            refused = error
+            continue
         if plan.fits:
             fitting.append(_layout(changed, table, plan, rates, expected))
         elif smallest is None or plan.peak.device < smallest[2].peak.device:
@@ -84,6 +90,8 @@ def search(
     fitting.sort(key=lambda layout: (layout.step.seconds, layout.device_bytes))
     if not fitting and smallest is not None:
         return Search((_layout(*smallest, rates, expected),), tried, 0)
+    if not fitting:
+        raise NoRoomForServers(f"none of {tried} layouts fits; of the last one: {refused}")
     return Search(tuple(fitting), tried, len(fitting))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from megatron_prime.config import RunConfig
+from megatron_prime.planner.engine_bytes import cache_bytes_per_token
 from megatron_prime.planner.memory import WORK, Machine, MemoryPlan, make_plan
 from megatron_prime.planner.residency import RESIDENT, Table, choose, needed
+from megatron_prime.weights.shape import ModelShape
 
 
 def plan_of(
@@ -26,6 +28,16 @@ def plan_of(
         kept, work = at_most(least)
         table = choose(kept, work, limits.device_bytes - limits.reserve_bytes, enough)
     return table, make_plan(config, world_size, limits, table, one_per_stage=True)
+
+
+def planned_tokens(config: RunConfig, plan: MemoryPlan) -> int:
+    """Tokens of key/value cache that `plan` gives each SGLang server; the same on all ranks.
+
+    As `max_total_tokens` they hold servers to the plan: alone they would take a share of what they
+    find free, which is more than was planned with. A plan without a limit has no useful number.
+    """
+    per_token = cache_bytes_per_token(config, ModelShape.from_hf(config.model.hf))
+    return plan.ranks[0].kept["engine.kv_cache"] // per_token
 
 
 def scored_share(config: RunConfig) -> float:

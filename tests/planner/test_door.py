@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 from planned_runs import SGLANG_8B, run_config
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.planner.door import check_fits, machine_of
+from megatron_prime.planner.door import check_fits, machine_of, plan_or_advice
+from megatron_prime.planner.engine_bytes import NoRoomForServers
 from megatron_prime.planner.memory import GIB, Machine
 
 
-def run_8b(folder: Path, **memory: Any) -> RunConfig:
-    return run_config(folder, "Llama-3-8B", memory=memory, **SGLANG_8B)
+def run_8b(folder: Path, tokens: int | None = None, **memory: Any) -> RunConfig:
+    sglang = {} if tokens is None else {"max_total_tokens": tokens}
+    return run_config(folder, "Llama-3-8B", memory=memory, sglang=sglang, **SGLANG_8B)
 
 
 def test_the_machine(tmp_path: Path) -> None:
@@ -33,7 +36,7 @@ def test_a_run_that_fits_begins(tmp_path: Path) -> None:
 
 def test_one_that_does_not_is_refused_with_what_helps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
-        check_fits(run_8b(tmp_path, offload="never"), 8, 80 * GIB, on_gpu=True)
+        check_fits(run_8b(tmp_path, 4096, offload="never"), 8, 80 * GIB, on_gpu=True)
     message = str(refusal.value)
     assert "DOES NOT FIT: 114" in message
     assert "of 80 GiB" in message
@@ -43,11 +46,22 @@ def test_one_that_does_not_is_refused_with_what_helps(tmp_path: Path) -> None:
     assert len(message.splitlines()) < 20
 
 
+def test_servers_without_room_are_refused_with_what_helps(tmp_path: Path) -> None:
+    """Under `never` the models leave 0 GiB; what helps is planned."""
+    with pytest.raises(ConfigError, match=r"mem_fraction_static: found 0\.4 of the") as refusal:
+        check_fits(run_8b(tmp_path, offload="never"), 8, 80 * GIB, on_gpu=True)
+    message = str(refusal.value)
+    assert re.search(r'memory\.offload = "auto": [\d.]+ GiB, fits', message)
+    assert "memory.start_anyway = true" in message
+    with pytest.raises(NoRoomForServers, match=r"13\.5 GiB .* it to 0\.58 or more"):
+        plan_or_advice(run_8b(tmp_path), 8, Machine(20 * GIB))
+
+
 def test_the_knob_of_the_device_goes_before_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="of 40 GiB"):
         check_fits(run_8b(tmp_path, device_gib=40.0), 8, 141 * GIB, on_gpu=True)
     with pytest.raises(ConfigError, match="of 20 GiB"):  # there is no more than that
-        check_fits(run_8b(tmp_path, device_gib=200.0), 8, 20 * GIB, on_gpu=True)
+        check_fits(run_8b(tmp_path, 4096, device_gib=200.0), 8, 20 * GIB, on_gpu=True)
 
 
 def test_the_reserve_counts_on_a_gpu_alone(tmp_path: Path) -> None:

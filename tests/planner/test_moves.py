@@ -8,7 +8,7 @@ import pytest
 from planned_runs import SGLANG_8B, run_config
 
 from megatron_prime.planner.lengths import Expectations
-from megatron_prime.planner.memory import Machine, make_plan
+from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.moves import Moves
 from megatron_prime.planner.rates import GPUS
 from megatron_prime.planner.residency import NEEDED, RESIDENT
@@ -23,7 +23,7 @@ STEP = ("generate", "score", "update_prm", "update_policy", "sync_weights")
 
 def seconds(folder: Path, phase: str, table=NEEDED) -> dict[str, float]:
     config = run_config(folder, "Llama-3-8B", **SGLANG_8B)
-    plan = make_plan(config, 8, Machine(), table)
+    plan = make_plan(config, 8, Machine(200 * GIB), table)
     shape = ModelShape.from_hf(config.model.hf, 2)
     policy = Trainer(
         shape, config.parallel, 4, config.precision.policy, config.megatron, config.policy, H100

@@ -15,6 +15,11 @@ def test_an_h200_is_an_h100_with_more_and_faster_memory() -> None:
     assert h100.flops("bf16") < h100.flops("fp8") < 2 * h100.flops("bf16")
 
 
+def test_no_card_is_taken_for_larger_than_torch_says() -> None:
+    """total_memory of an "80 GB" card is about 79.1 GiB."""
+    assert GPUS["a100"].memory_gib == GPUS["h100"].memory_gib == 79
+
+
 def test_a_chip_without_fp8_multiplies_in_bf16() -> None:
     assert GPUS["a100"].flops("fp8") == GPUS["a100"].flops("bf16") == 312e12 * 0.6
 

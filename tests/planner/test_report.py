@@ -9,8 +9,8 @@ from planned_runs import run_config
 
 from megatron_prime.planner.advice import advise
 from megatron_prime.planner.memory import GIB, Machine, make_plan
-from megatron_prime.planner.report import as_json, as_table
-from megatron_prime.planner.residency import RESIDENT
+from megatron_prime.planner.report import as_json, as_table, short_table
+from megatron_prime.planner.residency import NEEDED, RESIDENT
 
 
 def test_json_and_table_agree(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_json_and_table_agree(tmp_path: Path) -> None:
         megatron={"tensor_model_parallel_size": 8, "sequence_parallel": True},
     )
     plan = make_plan(config, 16, Machine(), RESIDENT)
-    advice = advise(config, 16, Machine(), RESIDENT)
+    advice = advise(config, 16, Machine())
     found = json.loads(json.dumps(as_json(plan, advice)))
     assert {"ranks", "phases", "fits"} <= found.keys()
     assert [rank["rank"] for rank in found["ranks"]] == list(range(16))
@@ -32,6 +32,13 @@ def test_json_and_table_agree(tmp_path: Path) -> None:
     for phase in found["phases"]:
         parts = [*phase["resident"].values(), *phase["working"].values()]
         assert phase["device_bytes"] == sum(parts)
+    offloaded = make_plan(config, 16, Machine(), NEEDED)
+    found = json.loads(json.dumps(as_json(offloaded)))
+    assert {phase["host_bytes"] for phase in found["phases"]} == {found["host_bytes"]}
+    assert found["node_host_bytes"] == 8 * found["host_bytes"] == 8 * offloaded.host_bytes > 0
+    host = f"{offloaded.host_bytes / GIB:.2f} GiB on the rank that has most, "
+    node = f"{8 * offloaded.host_bytes / GIB:.2f} GiB at most on a node of 8"
+    assert host + node in short_table(offloaded, [])
     table = as_table(plan, advice)
     assert f"DOES NOT FIT: {plan.peak.device / GIB:.2f} GiB in {plan.peak.phase}" in table
     assert advice[0].change in table

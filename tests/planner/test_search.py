@@ -9,6 +9,7 @@ import pytest
 from planned_runs import run_config
 
 from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.planner.engine_bytes import NoRoomForServers
 from megatron_prime.planner.lengths import Expectations
 from megatron_prime.planner.memory import GIB, Machine
 from megatron_prime.planner.rates import GPUS
@@ -78,12 +79,22 @@ def test_with_room_nothing_moves_and_recomputing_is_no_use(tmp_path: Path) -> No
 
 
 def test_the_smallest_is_shown_when_none_fits(tmp_path: Path) -> None:
-    config = run_8b(tmp_path, rollout=SGLANG)
+    config = run_8b(tmp_path, rollout=SGLANG, sglang={"max_total_tokens": 4096})
     found = search(config, 8, Machine(10 * GIB), H100, Expectations.of(config))
     assert found.fitting == 0
     (smallest,) = found.layouts
     assert not smallest.fits
     assert (smallest.recompute, smallest.offload) == ("full", "auto")
+
+
+def test_layouts_whose_servers_have_no_room_are_left_out(tmp_path: Path) -> None:
+    """0.4 of 29.5 GiB: 15 GiB of weights want two ranks or more. Of 3.5 GiB: none has room."""
+    config = run_8b(tmp_path, rollout=SGLANG)
+    found = search(config, 8, Machine(36 * GIB), H100, Expectations.of(config))
+    assert found.fitting > 0
+    assert {layout.rollout_tp for layout in found.layouts} == {2, 4, 8}
+    with pytest.raises(NoRoomForServers, match=r"none of \d+ layouts fits; .*of the 3\.5 GiB"):
+        search(config, 8, Machine(10 * GIB), H100, Expectations.of(config))
 
 
 def test_a_run_that_no_layout_can_help_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from planned_runs import SGLANG_8B, run_config
 from megatron_prime.config import RunConfig
 from megatron_prime.planner.flops import forward_flops, load_of
 from megatron_prime.planner.lengths import Expectations, response_lengths
-from megatron_prime.planner.memory import Machine, make_plan
+from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.rates import GPUS
 from megatron_prime.planner.residency import NEEDED, RESIDENT
 from megatron_prime.planner.seconds import StepSeconds, predict
@@ -22,7 +22,7 @@ H100 = GPUS["h100"]
 
 
 def step(config: RunConfig, world_size: int = 8, table=RESIDENT, rates=H100) -> StepSeconds:
-    plan = make_plan(config, world_size, Machine(), table, one_per_stage=True)
+    plan = make_plan(config, world_size, Machine(200 * GIB), table, one_per_stage=True)
     return predict(config, plan, table, rates, Expectations.of(config))
 
 

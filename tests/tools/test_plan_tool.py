@@ -13,6 +13,10 @@ from types import ModuleType
 
 import pytest
 
+from megatron_prime.config_file import load
+from megatron_prime.planner.door import machine_of
+from megatron_prime.planner.memory import GIB
+
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 LLAMA_70B = {
     "model_type": "llama",
@@ -205,5 +209,27 @@ def test_layouts_for_128_gpus_within_seconds(tool, config, capsys) -> None:
 
 
 def test_a_search_without_a_layout_that_fits(tool, config, capsys) -> None:
-    assert tool.main(["step", str(config), "--search", "--ranks=8", "--device-gib=20"]) == 2
+    arguments = ["step", str(config), "--search", "--ranks=8", "--device-gib=20"]
+    assert tool.main([*arguments, "--sglang.max_total_tokens=4096"]) == 2
     assert re.search(r"^none of \d+ layouts fits", capsys.readouterr().out)
+    assert tool.main(arguments) == 1
+    assert re.search(r"^none of \d+ .*mem_fraction_static: found", capsys.readouterr().err)
+
+
+def test_servers_without_room_are_refused_with_what_helps(tool, config, capsys) -> None:
+    arguments = ["step", str(config), "--ranks=64", "--rollout.tensor_parallel_size=4"]
+    assert tool.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "sglang.mem_fraction_static: found 0.4 of the 72.5 GiB" in error  # 79 - 6 - 0.5
+    assert re.search(r"^  rollout\.tensor_parallel_size = 8: [\d.]+ GiB", error, re.MULTILINE)
+
+
+@pytest.mark.parametrize("options", [[], ["--memory.device_gib=60"], ["--memory.device_gib=200"]])
+def test_the_device_is_that_of_the_door(tool, config, capsys, options) -> None:
+    """Of a run on H100s, whose torch reports 79 GiB; `--device-gib` is another device."""
+    arguments = ["step", str(config), "--ranks=128", "--json", *options]
+    assert tool.main(arguments) in (0, 2)
+    machine = machine_of(load(config, options), 79 * GIB, on_gpu=True)
+    assert json.loads(capsys.readouterr().out)["device_bytes"] == machine.device_bytes
+    assert tool.main([*arguments, "--device-gib=141"]) == 0
+    assert json.loads(capsys.readouterr().out)["device_bytes"] == 141 * GIB

@@ -1,0 +1,73 @@
+"""How much key/value cache servers get, by hand, and when they get none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from planned_runs import run_config
+
+from megatron_prime.config import RunConfig
+from megatron_prime.planner.engine_bytes import NoRoomForServers, kv_tokens
+from megatron_prime.planner.memory import GIB, Machine, make_plan
+from megatron_prime.planner.residency import NEEDED
+from megatron_prime.weights.shape import ModelShape
+
+PER_TOKEN = 2 * 80 * 2 * 128 * 2  # Llama-3-70B over four ranks: keys and values, 2 of 8 heads
+
+
+def run_70b(folder: Path, engine: str = "sglang", **sglang: float) -> RunConfig:
+    megatron = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4}
+    width = 4 if engine == "sglang" else 1
+    rollout = {"engine": engine, "tensor_parallel_size": width, "batch_size": 3}
+    return run_config(folder, "Llama-3-70B", megatron=megatron, rollout=rollout, sglang=sglang)
+
+
+def test_weights_that_leave_no_room_are_refused(tmp_path: Path) -> None:
+    """A quarter of 70.55 G parameters in bf16 are 32.9 GiB; 0.4 of 73.5 GiB are 29.4."""
+    with pytest.raises(NoRoomForServers) as refusal:
+        make_plan(run_70b(tmp_path), 64, Machine(), NEEDED)
+    message = str(refusal.value)
+    assert "found 0.4 of the 73.5 GiB" in message
+    assert "weights 32.9" in message
+    assert "raise it to 0.46 or more, or rollout.tensor_parallel_size (now 4)" in message
+    make_plan(run_70b(tmp_path, mem_fraction_static=0.46), 64, Machine(), NEEDED)
+    with pytest.raises(NoRoomForServers):
+        make_plan(run_70b(tmp_path, mem_fraction_static=0.45), 64, Machine(), NEEDED)
+
+
+def test_never_names_the_knob_that_lets_models_leave(tmp_path: Path) -> None:
+    config = run_70b(tmp_path)
+    never = config.model_copy(
+        update={"memory": config.memory.model_copy(update={"offload": "never"})}
+    )
+    shape = ModelShape.from_hf(config.model.hf)
+    with pytest.raises(NoRoomForServers, match=r'or set memory\.offload = "auto"$'):
+        kv_tokens(never, shape, 30 * GIB, on_gpu=True)
+
+
+def test_one_sequence_is_enough_and_less_is_not(tmp_path: Path) -> None:
+    config = run_70b(tmp_path, mem_fraction_static=0.5)
+    shape = ModelShape.from_hf(config.model.hf)
+    buffers, weights = 2 * 256 * 2**20, 2 * 70_553_706_496 / 4
+    longest = 1024 + 3072
+    enough = int((weights + longest * PER_TOKEN) / 0.5) + buffers + 2**20  # norms are not cut
+    assert longest <= kv_tokens(config, shape, enough + 2**24, on_gpu=True) < longest + 100
+    with pytest.raises(NoRoomForServers):
+        kv_tokens(config, shape, enough - 2**24, on_gpu=True)
+    assert kv_tokens(config, shape, enough - 2**24, on_gpu=False) == longest
+    assert kv_tokens(config, shape, 0, on_gpu=False) == longest
+
+
+def test_what_is_asked_for_is_not_weighed(tmp_path: Path) -> None:
+    """Bytes of it are in the plan; that is what says whether it fits."""
+    config = run_70b(tmp_path, max_total_tokens=777)
+    shape = ModelShape.from_hf(config.model.hf)
+    assert kv_tokens(config, shape, 0, on_gpu=True) == 777
+    kept = make_plan(config, 64, Machine(), NEEDED).ranks[0].kept
+    assert kept["engine.kv_cache"] == 777 * PER_TOKEN
+
+
+def test_the_local_engine_holds_a_batch_of_the_longest(tmp_path: Path) -> None:
+    config = run_70b(tmp_path, engine="local")
+    assert kv_tokens(config, ModelShape.from_hf(config.model.hf), 0, on_gpu=True) == 3 * 4096
