@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_prime.errors import RunError
 from megatron_prime.runtime.progress import Progress
-from megatron_prime.weights.convert import HfSource, MegatronSource, Options, to_hf, verify
+from megatron_prime.weights.convert import Options, to_hf
+from megatron_prime.weights.convert_sources import HfSource, MegatronSource, verify
 from megatron_prime.weights.directories import MODELS, check_sizes, weights_in
 from megatron_prime.weights.raw_safetensors import FLAGS
 from megatron_prime.weights.safetensors_io import WeightsError

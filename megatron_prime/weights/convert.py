@@ -16,70 +16,22 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from megatron_prime.weights import manifest, torch_dist
 from megatron_prime.weights.companions import other_files
-from megatron_prime.weights.layout import unfuse
+from megatron_prime.weights.convert_sources import HfSource, MegatronSource, Source, cast
 from megatron_prime.weights.names import Entry, disk_key, entries, hf_shapes
-from megatron_prime.weights.raw_safetensors import HfFiles, bytes_of, table_of
+from megatron_prime.weights.raw_safetensors import bytes_of, table_of
 from megatron_prime.weights.safetensors_io import SHARD_BYTES, WeightsError
 from megatron_prime.weights.shape import ModelShape
 from megatron_prime.weights.shard_jobs import Budget, Done, Job, Summed, Workplace, room_for, run
-from megatron_prime.weights.torch_dist import DistCheckpoint, Piece
+from megatron_prime.weights.torch_dist import Piece
 
 HF_FOLDER = "hf"  # config.json, tokenizer and so on, in a converted checkpoint
 NOTE = "converted.json"  # what it was made of
 Report = Callable[[int, int], None]  # bytes done, of how many
-
-
-class Source(Protocol):
-    """Where the tensors of the table's entries come from."""
-
-    def dtype(self, entry: Entry) -> torch.dtype: ...  # noqa: D102
-    def tensors(self, entry: Entry) -> list[Tensor]: ...  # noqa: D102
-
-
-class HfSource:
-    """A Hugging Face directory."""
-
-    def __init__(self, hf_dir: Path, shape: ModelShape) -> None:
-        self._files = HfFiles(hf_dir)
-        may_ignore = ["lm_head.weight"] if shape.tied_embeddings else []
-        self._files.check(hf_shapes(shape), may_ignore)
-        self.hf_dir = hf_dir
-        self.paths = [hf_dir / name for name in sorted(set(self._files.file_of.values()))]
-
-    def dtype(self, entry: Entry) -> torch.dtype:
-        """The type of an entry's tensors; one, or it can't be fused as it is."""
-        first, *others = (self._files.stored(name).dtype for name in entry.hf)
-        if any(dtype != first for dtype in others):
-            raise WeightsError(f"{self.hf_dir}: {entry.hf} are of several types; give --dtype")
-        return first
-
-    def tensors(self, entry: Entry) -> list[Tensor]:
-        """The tensors of an entry, in their names' order."""
-        return [self._files.whole(name) for name in entry.hf]
-
-
-class MegatronSource:
-    """A distributed checkpoint."""
-
-    def __init__(self, folder: Path, shape: ModelShape) -> None:
-        self._checkpoint, self._shape = DistCheckpoint(folder), shape
-        self._checkpoint.check(shape, hf_shapes(shape))
-        self.paths = [folder / ".metadata", *sorted(folder.glob("*.distcp"))]
-
-    def dtype(self, entry: Entry) -> torch.dtype:
-        """The type of an entry's parameter."""
-        return self._checkpoint.dtype(entry.megatron)
-
-    def tensors(self, entry: Entry) -> list[Tensor]:
-        """The Hugging Face tensors of an entry, in their names' order."""
-        return unfuse(entry.layout, self._checkpoint.read(entry.megatron), self._shape, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +67,8 @@ def to_megatron(hf_dir: Path, out: Path, options: Options, report: Report) -> No
         return tuple(pieces)
 
     meter = _Meter(report, sum(job.nbytes for job in jobs))
-    done = run(place, jobs, write, options.workers, meter.add)
+    with torch_dist.without_archive_sums():
+        done = run(place, jobs, write, options.workers, meter.add)
     states = place.make(Job(f"__{len(jobs)}_0.distcp", (), 0), lambda _, f: _write_states(f, shape))
     sizes = {}
     for entry in entries(shape):
@@ -157,6 +110,7 @@ def to_hf(checkpoint: Path, hf_dir: Path, out: Path, options: Options, report: R
             with budget.take(2 * nbytes_of(entry, source, shape, options)):
                 for tensor in cast(source, entry, options.dtype):
                     file.write(bytes_of(tensor.contiguous()))
+            file.flush()
             meter.add(nbytes_of(entry, source, shape, options))
         return ()
 
@@ -199,35 +153,6 @@ def nbytes_of(entry: Entry, source: Source, shape: ModelShape, options: Options)
     """Bytes of an entry's tensors as they will be written."""
     itemsize = (options.dtype or source.dtype(entry)).itemsize
     return sum(prod(size) for size in _hf_sizes(entry, shape)) * itemsize
-
-
-def cast(source: Source, entry: Entry, dtype: torch.dtype | None) -> list[Tensor]:
-    """An entry's tensors in another type. WeightsError where fp16 can't hold a value."""
-    tensors = source.tensors(entry)
-    for i, name in enumerate(entry.hf):
-        if dtype is None or tensors[i].dtype == dtype:
-            continue
-        before, tensors[i] = tensors[i], tensors[i].to(dtype)
-        if dtype is torch.float16 and tensors[i].isinf().any() and before.isfinite().all():
-            raise WeightsError(f"{name} has values beyond fp16's range; take --dtype bf16 or fp32")
-    return tensors
-
-
-def verify(source: Source, made: Source, shape: ModelShape, dtype: torch.dtype | None) -> int:
-    """Compare bit for bit, tensor by tensor; returns their number. WeightsError at the first."""
-    compared = 0
-    for entry in entries(shape):
-        pairs = zip(cast(source, entry, dtype), made.tensors(entry), entry.hf, strict=True)
-        for wanted, found, name in pairs:
-            same = wanted.dtype == found.dtype and wanted.shape == found.shape
-            if not same or not torch.equal(_bits(wanted), _bits(found)):
-                raise WeightsError(f"--verify: {name} is not what it was made of; convert again")
-            compared += 1
-    return compared
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _write_chunks(

@@ -8,8 +8,10 @@ read into its own memory and let go, and a file is written in the order of its t
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +24,7 @@ from megatron_prime.weights.safetensors_io import HfCheckpoint, WeightsError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FLAGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_HUGE = 1 << 22  # bytes; two pages
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -65,7 +68,7 @@ class HfFiles(HfCheckpoint):
     def whole(self, name: str) -> Tensor:
         """A tensor in memory of its own."""
         stored = self.stored(name)
-        tensor = torch.empty(stored.size, dtype=stored.dtype)
+        tensor = empty(stored.size, stored.dtype)
         read_into(tensor, self.hf_dir / self.file_of[name], stored.start)
         return tensor
 
@@ -126,6 +129,20 @@ def table_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor, in huge pages where it is large and the system has them.
+
+    Each tensor is used once, and a fault for each 4 KiB would take as long as reading it.
+    """
+    nbytes = prod(size) * dtype.itemsize
+    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(size), dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(size))
 
 
 def read_into(tensor: Tensor, path: Path, start: int) -> None:

@@ -27,6 +27,7 @@ from megatron_prime.weights.names import Entry
 from megatron_prime.weights.safetensors_io import WeightsError
 from megatron_prime.weights.torch_dist import Piece
 
+_BLOCK = 1 << 20  # bytes
 _TASK = "conversion.json"
 
 
@@ -71,23 +72,34 @@ class Budget:
 
 
 class Summed:
-    """A file that knows the checksum of what was written to it."""
+    """A file that knows the checksum of what was written to it.
+
+    An error of the disk is kept for `flush`: torch.save would hide it behind one of its own.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file, self.size, self.crc32 = file, 0, 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`; returns its bytes."""
         view = memoryview(data).cast("B")
         length = len(view)
-        self.crc32 = zlib.crc32(view, self.crc32)
-        while view:
-            view = view[self._file.write(view) :]
+        for start in range(0, length, _BLOCK):  # summed and written while it is in the cache
+            block = view[start : start + _BLOCK]
+            self.crc32 = zlib.crc32(block, self.crc32)
+            try:
+                while block and not self._error:
+                    block = block[self._file.write(block) :]
+            except OSError as error:
+                self._error = error
         self.size += length
         return length
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Raise what the disk has said."""
+        if self._error:
+            raise self._error
 
 
 Write = Callable[[Job, Summed], tuple[Piece, ...]]
@@ -134,15 +146,16 @@ class Workplace:
             with path.open("wb", buffering=0) as file:
                 summed = Summed(file)
                 pieces = write(job, summed)
+                summed.flush()
                 os.fsync(file.fileno())
+            done = Done(job.file, summed.size, summed.crc32, pieces)
+            _replace(self.folder / f"{job.file}.done", json.dumps(asdict(done)))
         except OSError as error:  # the disk is full, a quota, no rights
             path.unlink(missing_ok=True)
             raise WeightsError(
                 f"can't write {path}: {error.strerror}; make room, and the same command "
                 "continues with the files that are done"
             ) from error
-        done = Done(job.file, summed.size, summed.crc32, pieces)
-        _replace(self.folder / f"{job.file}.done", json.dumps(asdict(done)))
         return done
 
     def publish(self) -> None:

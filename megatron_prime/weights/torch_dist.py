@@ -16,6 +16,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_prime.weights.layout import Layout, fuse, part_of
 from megatron_prime.weights.names import Entry, disk_key, entries
-from megatron_prime.weights.raw_safetensors import read_into
+from megatron_prime.weights.raw_safetensors import empty, read_into
 from megatron_prime.weights.safetensors_io import WeightsError
 from megatron_prime.weights.shape import ModelShape
 
@@ -170,7 +171,7 @@ class DistCheckpoint:
         key, layer = disk_key(name)
         stored, chunks = self.tensors[key], self._chunks[key, layer]
         lead = 0 if layer is None else 1
-        whole = torch.empty(tuple(stored.size[lead:]), dtype=stored.properties.dtype)
+        whole = empty(stored.size[lead:], stored.properties.dtype)
         if sum(chunk.sizes.numel() for chunk in chunks) < whole.numel():
             raise WeightsError(f"{self.folder}: parts of {key} are missing")
         for chunk in chunks:
@@ -226,6 +227,17 @@ class _Window(io.RawIOBase):
         got: int = self._file.readinto(memoryview(buffer)[:left])
         self._at += got
         return got
+
+
+@contextmanager
+def without_archive_sums() -> Iterator[None]:
+    """Let torch.save leave its checksums out: nothing reads them, and the manifest has its own."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def empty_states(num_layers: int) -> Iterator[str]:
