@@ -51,7 +51,7 @@ _LAYER_STATES = (
     "mlp.linear_fc2",
 )
 _FINAL_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
-_MODEL = ("decoder.", "embedding.", "output_layer.")  # what keys of weights begin with
+WEIGHTS = ("decoder.", "embedding.", "output_layer.")  # what keys of weights begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class DistCheckpoint:
             if entry.layout is Layout.VOCAB and key in self.tensors:  # padded for another layout
                 rows = self.tensors[key].size[0]
                 wanted[key] = (max(rows, shape.vocab_size), *size[1:])
-        here = {key for key in self.tensors if key.startswith(_MODEL)}
+        here = {key for key in self.tensors if key.startswith(WEIGHTS)}
         problems = {
             "lacks": sorted(wanted.keys() - here),
             "has unknown": sorted(here - wanted.keys()),
