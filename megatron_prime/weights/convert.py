@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from megatron_prime.weights import manifest, torch_dist
 from megatron_prime.weights.companions import other_files
-from megatron_prime.weights.convert_sources import HfSource, MegatronSource, Source, cast
+from megatron_prime.weights.convert_sources import HfSource, MegatronSource, Source, converted
 from megatron_prime.weights.names import Entry, disk_key, entries, hf_shapes
 from megatron_prime.weights.raw_safetensors import bytes_of, table_of
 from megatron_prime.weights.safetensors_io import SHARD_BYTES, WeightsError
@@ -48,10 +49,11 @@ class Options:
 def to_megatron(hf_dir: Path, out: Path, options: Options, report: Report) -> None:
     """Make `out`, a distributed checkpoint of the weights in `hf_dir`. WeightsError if it can't."""
     shape = ModelShape.from_hf(hf_dir, options.tp)
-    if shape.num_heads % options.tp or shape.num_kv_heads % options.tp:
+    split = (shape.num_heads, shape.num_kv_heads, shape.ffn_size)
+    if any(count % options.tp for count in split):
         raise WeightsError(
-            f"--tp {options.tp}: wanted a divisor of the model's {shape.num_heads} "
-            f"heads and {shape.num_kv_heads} key/value heads"
+            f"--tp {options.tp}: wanted a divisor of the model's {split[0]} heads, {split[1]} "
+            f"key/value heads and {split[2]} feed-forward units"
         )
     source = HfSource(hf_dir, shape)
     jobs = plan(source, shape, options, "__{}_0.distcp")
@@ -108,7 +110,7 @@ def to_hf(checkpoint: Path, hf_dir: Path, out: Path, options: Options, report: R
         file.write(table_of((name, dtype, sizes[name]) for name, dtype in dtypes.items()))
         for entry in job.entries:
             with budget.take(2 * nbytes_of(entry, source, shape, options)):
-                for tensor in cast(source, entry, options.dtype):
+                for tensor in converted(source, entry, options.dtype):
                     file.write(bytes_of(tensor.contiguous()))
             file.flush()
             meter.add(nbytes_of(entry, source, shape, options))
@@ -159,7 +161,7 @@ def _write_chunks(
     entry: Entry, source: Source, shape: ModelShape, options: Options, file: Summed
 ) -> Iterator[Piece]:
     key, layer = disk_key(entry.megatron)
-    tensors = cast(source, entry, options.dtype)
+    tensors = converted(source, entry, options.dtype)
     for offsets, shard in torch_dist.shards_of(entry.layout, tensors, shape, options.tp):
         chunk = shard.contiguous()
         if chunk.untyped_storage().nbytes() != chunk.nbytes:  # torch.save would write all of it
@@ -167,7 +169,7 @@ def _write_chunks(
         if layer is not None:
             offsets, chunk = (layer, *offsets), chunk[None]
         start = file.size
-        torch.save(chunk, file)
+        torch.save(chunk, cast(Any, file))
         yield Piece(key, offsets, tuple(chunk.shape), start, file.size - start)
 
 
@@ -175,7 +177,7 @@ def _write_states(file: Summed, shape: ModelShape) -> tuple[Piece, ...]:
     pieces = []
     for key in torch_dist.empty_states(shape.num_layers):
         start = file.size
-        torch.save([None], file)
+        torch.save([None], cast(Any, file))
         pieces.append(Piece(key, None, (), start, file.size - start))
     return tuple(pieces)
 

@@ -1,7 +1,7 @@
 """The tensors to convert, parameter by parameter, whichever form they come in.
 
 Both kinds of checkpoint give the Hugging Face tensors of an entry of the table of names; so one
-function casts them, and one compares.
+function converts their types, and one compares.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MegatronSource:
         return unfuse(entry.layout, self._checkpoint.read(entry.megatron), self._shape, 1, 0)
 
 
-def cast(source: Source, entry: Entry, dtype: torch.dtype | None) -> list[Tensor]:
+def converted(source: Source, entry: Entry, dtype: torch.dtype | None) -> list[Tensor]:
     """An entry's tensors in another type. WeightsError where fp16 can't hold a value."""
     tensors = source.tensors(entry)
     for i, name in enumerate(entry.hf):
@@ -82,7 +82,7 @@ def verify(source: Source, made: Source, shape: ModelShape, dtype: torch.dtype |
     """Compare bit for bit, tensor by tensor; returns their number. WeightsError at the first."""
     compared = 0
     for entry in entries(shape):
-        pairs = zip(cast(source, entry, dtype), made.tensors(entry), entry.hf, strict=True)
+        pairs = zip(converted(source, entry, dtype), made.tensors(entry), entry.hf, strict=True)
         for wanted, found, name in pairs:
             same = wanted.dtype == found.dtype and wanted.shape == found.shape
             if not same or not torch.equal(_bits(wanted), _bits(found)):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +35,6 @@ class Stored:
     dtype: torch.dtype
     size: tuple[int, ...]
     start: int  # bytes from the beginning of the file
-
-
-class Sink(Protocol):
-    """What tensors are written to."""
-
-    def write(self, data: Any, /) -> int: ...  # noqa: D102
 
 
 class HfFiles(HfCheckpoint):
@@ -128,7 +122,8 @@ def table_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -162,8 +162,10 @@ class Workplace:
         """The directory under its own name, without the notes; it is whole."""
         for note in (*self.folder.glob("*.done"), self.folder / _TASK):
             note.unlink()
-        os.sync()
+        for path in (*self.folder.rglob("*"), self.folder):
+            _to_disk(path)
         self.folder.rename(self.out)
+        _to_disk(self.out.parent)
         os.close(self._lock)
 
 
@@ -210,6 +212,14 @@ def room_for(out: Path, nbytes: int) -> None:
             f"{parent} has {free / 1e9:,.1f} GB free, wanted {nbytes / 1e9:,.1f} GB; make room or "
             "choose another --out"
         )
+
+
+def _to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -150,8 +149,8 @@ class DistCheckpoint:
         """WeightsError when a file is absent or too short for what lies in it."""
         ends: dict[str, int] = {}
         for place in self._places.values():
-            path = place.relative_path
-            ends[path] = max(ends.get(path, 0), place.offset + place.length)
+            file = place.relative_path
+            ends[file] = max(ends.get(file, 0), place.offset + place.length)
         for name, end in sorted(ends.items()):
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
@@ -185,7 +184,7 @@ class DistCheckpoint:
     def _read_chunk(self, place: _StorageInfo, target: Tensor) -> None:
         path = self.folder / place.relative_path
         with path.open("rb") as file:
-            archive = _Window(file, place.offset, place.length)
+            archive: Any = _Window(file, place.offset, place.length)
             seen = torch.load(archive, map_location="meta", weights_only=True)
             with zipfile.ZipFile(archive) as members:
                 (data,) = (m for m in members.infolist() if m.filename.endswith("/data/0"))

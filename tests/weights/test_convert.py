@@ -155,6 +155,12 @@ class Disk:
     free = 1000
 
 
+def test_a_tensor_parallel_size_that_does_not_divide_is_refused(tmp_path: Path, hf: Path) -> None:
+    with pytest.raises(WeightsError, match="--tp 4: wanted a divisor of the model's 4 heads, 2 "):
+        to_megatron(hf, tmp_path / "dist", Options(tp=4), quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_an_existing_output_stays(tmp_path: Path, hf: Path) -> None:
     (tmp_path / "dist").mkdir()
     (tmp_path / "dist" / "mine").write_text("kept")
