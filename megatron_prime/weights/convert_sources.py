@@ -73,7 +73,7 @@ def converted(source: Source, entry: Entry, dtype: torch.dtype | None) -> list[T
         if dtype is None or tensors[i].dtype == dtype:
             continue
         before, tensors[i] = tensors[i], tensors[i].to(dtype)
-        if dtype is torch.float16 and tensors[i].isinf().any() and before.isfinite().all():
+        if dtype is torch.float16 and _finite(before) and not _finite(tensors[i]):
             raise WeightsError(f"{name} has values beyond fp16's range; take --dtype bf16 or fp32")
     return tensors
 
@@ -89,6 +89,11 @@ def verify(source: Source, made: Source, shape: ModelShape, dtype: torch.dtype |
                 raise WeightsError(f"--verify: {name} is not what it was made of; convert again")
             compared += 1
     return compared
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _bits(tensor: Tensor) -> Tensor:
