@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,23 +10,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prime.config import ConfigError
+from megatron_prime.weights.companions import other_files
 from megatron_prime.weights.gather import gather_hf_tensors
 from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_hf_checkpoint
 from megatron_prime.weights.shape import ModelShape
-
-# Everything but the weights that makes a checkpoint usable.
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def export_hf(
@@ -50,18 +36,8 @@ def export_hf(
         tensors = gather_hf_tensors(chunks, shape)
         if dist.get_rank() == 0:
             dtype = next(chunks[0].parameters()).dtype
-            write_hf_checkpoint(tensors, _other_files(source_dir, dtype), out_dir, shard_bytes)
+            write_hf_checkpoint(tensors, other_files(source_dir, dtype), out_dir, shard_bytes)
         else:
             for _ in tensors:  # take part in the collectives
                 pass
     dist.barrier()
-
-
-def _other_files(source_dir: Path, dtype: torch.dtype) -> dict[str, bytes]:
-    config = json.loads((source_dir / "config.json").read_text())
-    key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and before
-    config[key] = str(dtype).removeprefix("torch.")
-    copied = {
-        name: (source_dir / name).read_bytes() for name in _COPIED if (source_dir / name).exists()
-    }
-    return {"config.json": json.dumps(config, indent=2).encode(), **copied}

@@ -57,7 +57,7 @@ def _even(length: int, tp: int, rank: int) -> slice:
 
 
 def fuse(layout: Layout, parts: Sequence[Tensor], shape: ModelShape, tp: int) -> Tensor:
-    """One rank's Megatron parameter from its stretches of the Hugging Face tensors."""
+    """One rank's Megatron parameter from its stretches of the Hugging Face tensors, or a view."""
     if layout is Layout.QKV:
         groups = shape.num_kv_heads // tp
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -66,7 +66,8 @@ def fuse(layout: Layout, parts: Sequence[Tensor], shape: ModelShape, tp: int) ->
     (part,) = parts
     if layout is Layout.VOCAB:
         missing = shape.padded_vocab_size // tp - part.shape[0]
-        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+        if missing:
+            return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
     return part
 
 

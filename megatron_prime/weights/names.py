@@ -65,6 +65,9 @@ _TE_NAMES = {
 }
 
 
+_DISK_NAMES = {name: te_name for te_name, name in _TE_NAMES.items()}
+
+
 def entries(shape: ModelShape) -> list[Entry]:
     """All parameters of the whole model, in the order of its layers."""
     layers = [
@@ -104,6 +107,17 @@ def _global_name(model: Any, local_name: str) -> str:
     _, _, local_layer, rest = local_name.split(".", 3)
     layer = model.decoder.layers[int(local_layer)].layer_number - 1
     return f"decoder.layers.{layer}.{_TE_NAMES.get(rest, rest)}"
+
+
+def disk_key(name: str) -> tuple[str, int | None]:
+    """Where Megatron's distributed checkpoints keep a parameter: the key, and the index in it.
+
+    The layers' parameters are stacked under one key, and norms go by Transformer Engine's names.
+    """
+    if not name.startswith("decoder.layers."):
+        return name, None
+    _, _, layer, rest = name.split(".", 3)
+    return f"decoder.layers.{_DISK_NAMES.get(rest, rest)}", int(layer)
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

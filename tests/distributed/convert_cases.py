@@ -1,0 +1,105 @@
+"""What the ranks of test_converted.py do; `convert_cases.py load|save FOLDER` on one or four ranks.
+
+`load` compares FOLDER/dist/NAME, a converted checkpoint, with load_hf of FOLDER/NAME. `save` writes
+a run's checkpoint of policy and PRM, and what the gathered weights of both are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_prime.runtime.compat import before_megatron_import, megatron_calls
+
+before_megatron_import()
+
+from layouts import LAYOUTS, megatron_options  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from tiny_models import CONFIGS  # noqa: E402
+
+from megatron_prime.config import (  # noqa: E402
+    ParallelSizes,
+    PolicySection,
+    PrecisionOptions,
+    RunConfig,
+)
+from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
+from megatron_prime.models.engine import Engine  # noqa: E402
+from megatron_prime.models.training import TrainableEngine  # noqa: E402
+from megatron_prime.runtime import distributed  # noqa: E402
+from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
+from megatron_prime.types import LoopState  # noqa: E402
+from megatron_prime.weights.checkpoint import RunCheckpoints  # noqa: E402
+from megatron_prime.weights.gather import gather_hf_tensors  # noqa: E402
+from megatron_prime.weights.load import load_hf  # noqa: E402
+
+TIMEOUT_S = 120
+
+
+def main(what: str, folder: Path, saved: dict[str, str]) -> None:
+    alone = int(os.environ["WORLD_SIZE"]) == 1
+    loaded = ["tp1-pp1"] if alone else ["tp2-pp2", "tp1-pp2-vpp2"]
+    distributed.initialize(rendezvous_from(os.environ), ParallelSizes(), 1, TIMEOUT_S)
+    pairs = [(name, layout) for layout in loaded for name in CONFIGS]
+    for name, layout in pairs if what == "load" else saved.items():
+        parallel_state.destroy_model_parallel()
+        distributed.initialize_model_parallel(LAYOUTS[layout], 1, TIMEOUT_S)
+        (load if what == "load" else save)(folder, name, LAYOUTS[layout])
+    distributed.destroy()
+
+
+def load(folder: Path, name: str, sizes: ParallelSizes) -> None:
+    shape = ModelShape.from_hf(folder / name, sizes.tp)
+    precision = PrecisionOptions(dtype="fp32")
+    truth = build_model(shape, precision, megatron_options(sizes))
+    load_hf(truth, folder / name, shape)
+    chunks = build_model(shape, precision, megatron_options(sizes))
+    engine = Engine(chunks, shape, 256, 1.0)
+    with megatron_calls():
+        wanted = {"model": engine.sharded_weights()}
+        engine.load_weights(dist_checkpointing.load(wanted, str(folder / "dist" / name))["model"])
+    count = 0
+    for ours, theirs in zip(chunks, truth, strict=True):
+        for (key, found), (_, right) in zip(
+            ours.named_parameters(), theirs.named_parameters(), strict=True
+        ):
+            assert torch.equal(found, right), (name, key)
+            count += 1
+    sys.stdout.write(f"compared {count} of {name}\n")
+    sys.stdout.flush()
+
+
+def save(folder: Path, name: str, sizes: ParallelSizes) -> None:
+    precision = PrecisionOptions(dtype="bf16")
+    shape = ModelShape.from_hf(folder / name, sizes.tp)
+    engines: dict[str, Any] = {}
+    for model in ("policy", "prm"):  # of random weights
+        chunks = build_model(shape, precision, megatron_options(sizes))
+        engines[model] = TrainableEngine(chunks, shape, PolicySection(), 1.0, 3, precision)
+        if parallel_state.get_data_parallel_rank() == 0:
+            tensors = {
+                key: t.clone() for key, t in gather_hf_tensors(engines[model].modules, shape)
+            }
+            if dist.get_rank() == 0:
+                torch.save(tensors, folder / f"{name}-{model}.pt")
+    config = RunConfig.model_validate(
+        {
+            "run": {"folder": folder / "runs" / name},
+            "model": {"hf": folder / name},
+            "data": {"train": "train.jsonl"},
+            "megatron": megatron_options(sizes),
+        }
+    )
+    cursor: Any = SimpleNamespace(version=16, state_dict=dict)
+    RunCheckpoints(engines, cursor, cursor, config).save(LoopState(16))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3] if sys.argv[3:] else "{}"))
