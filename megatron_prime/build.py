@@ -33,6 +33,7 @@ from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.report.timeline import drawn_timeline
 from megatron_prime.rollout.local_engine import LocalEngine
 from megatron_prime.rollout.recorded import RecordedRollouts
+from megatron_prime.rollout.sglang_arguments import Share
 from megatron_prime.runtime.distributed import WorldRanks, destroy, initialize
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.provenance import write_provenance
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
-        limits = limits_of(config, ranks)  # before anything is loaded
+        limits = limits_of(config, ranks, launch.here.local_world_size)  # before anything is loaded
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
@@ -214,10 +215,16 @@ def rollout_roles(
         return stream, stream
     with gpus.starting():
         engine = rollout_engine(
-            config, config.parallel, launch, tokenizer, ranks, stack, gpus.engine_leaves
+            config,
+            config.parallel,
+            launch,
+            tokenizer,
+            ranks,
+            stack,
+            Share(gpus.engine_leaves, gpus.limits.kv_tokens),
         )
     # On a CPU servers keep their memory, whatever they are told.
-    gpus.add(engine.buffers(gpus.planned if ranks.device.type == "cuda" else {}))
+    gpus.add(engine.buffers(gpus.limits.planned if ranks.device.type == "cuda" else {}))
     if not isinstance(engine, LocalEngine):
         engine.for_sync = partial(gpus.as_in, Phase.SYNC_WEIGHTS)
     return engine, verifier
@@ -230,12 +237,9 @@ def rollout_engine(
     tokenizer: Any,
     ranks: WorldRanks,
     stack: ExitStack,
-    gives_memory: bool = False,
+    share: Share | None = None,
 ) -> LocalEngine | SglangEngine:
-    """The engine of this rank; `sizes`: how the source of its weights is split over the ranks.
-
-    `gives_memory`: between its uses a scheduler takes its memory.
-    """
+    """The engine of this rank; `sizes`: how the source of its weights is split over the ranks."""
     if config.rollout.engine == "sglang":
         from megatron_prime.rollout.sglang_setup import sglang_engine  # aiohttp is not for all runs
 
@@ -249,7 +253,7 @@ def rollout_engine(
             near,
             launch.store,
             tp_group,
-            gives_memory,
+            share,
             ranks.timeline,
         )
         stack.callback(engine.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import psutil
 import torch
 
 from megatron_prime.config import ConfigError, RunConfig
@@ -13,10 +14,10 @@ from megatron_prime.models.factory import policy_of, prm_of, reference_of
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.models.reference import MegatronReference
-from megatron_prime.planner.door import check_fits, machine_of
+from megatron_prime.planner.door import check_fits, check_host, machine_of
 from megatron_prime.planner.memory import GIB, make_plan
 from megatron_prime.planner.residency import NEEDED, RESIDENT, Table
-from megatron_prime.planner.table import at_most, plan_of
+from megatron_prime.planner.table import at_most, plan_of, planned_tokens
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.runtime.ledger import Limits
 from megatron_prime.runtime.scheduler import PhaseScheduler
@@ -47,30 +48,37 @@ def put_away(gpus: PhaseScheduler, name: str, engine: Engine) -> None:
     gpus.make_room()
 
 
-def limits_of(config: RunConfig, ranks: WorldRanks) -> Limits:
+def limits_of(config: RunConfig, ranks: WorldRanks, local_ranks: int) -> Limits:
     """What may lie on this rank's device, and when; the same table on all ranks.
 
-    Raises ConfigError for a run that can't fit, or that can't be planned while memory is limited,
-    unless `memory.start_anyway` is set: such a run has no budget, and its bytes are not checked.
+    `local_ranks`: how many share this node's memory. Raises ConfigError for a run that can't fit,
+    or that can't be planned while memory is limited, unless `memory.start_anyway` is set: such a
+    run has no budget, and its bytes are not checked.
     """
     on_gpu, world_size = ranks.device.type == "cuda", ranks.world_size
     found = device_bytes(ranks)
     check_fits(config, world_size, found, on_gpu)
     machine = machine_of(config, found, on_gpu)
+    always = config.memory.offload == "always"
     try:
         table, least = plan_of(config, world_size, machine)
         mine = make_plan(config, world_size, least.machine, table).ranks[ranks.rank].kept
     except ConfigError as error:  # the plan knows less layouts than Megatron; nothing depends on it
         tell(ranks, f"memory: no plan, so nothing is checked ({error})")
-        return Limits(NEEDED if config.memory.offload == "always" else RESIDENT)
+        return Limits(NEEDED if always else RESIDENT, starts_empty=always)
+    if on_gpu:
+        check_host(config, least, local_ranks, psutil.virtual_memory().total)
     tell(ranks, f"memory: {what_leaves(table, mine)}")
+    empty = table is not RESIDENT
     if config.memory.start_anyway:
-        return Limits(table)
+        return Limits(table, starts_empty=empty)
     budget = None
     if machine is not None:
         fixed = mine.get("sync.buffers", 0)
         budget = machine.device_bytes - machine.reserve_bytes - fixed
-    return Limits(table, budget, mine, at_most(least)[1])
+    servers = on_gpu and config.rollout.engine == "sglang"
+    tokens = planned_tokens(config, least) if servers else None
+    return Limits(table, budget, mine, at_most(least)[1], empty, tokens)
 
 
 def what_leaves(table: Table, kept: Mapping[str, int]) -> str:

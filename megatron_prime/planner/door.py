@@ -36,6 +36,20 @@ def plan_or_advice(
         raise NoRoomForServers("\n".join([str(error), *advice])) from None
 
 
+def check_host(config: RunConfig, plan: MemoryPlan, local_ranks: int, host_bytes: int) -> None:
+    """Raise ConfigError when what leaves the devices has no room on the host.
+
+    `local_ranks`: on a node of `host_bytes`. Nothing is refused with `memory.start_anyway`.
+    """
+    needed = plan.host_bytes * local_ranks
+    if needed > host_bytes and not config.memory.start_anyway:
+        raise ConfigError(
+            f"found {host_bytes / GIB:.1f} GiB of host memory for {local_ranks} ranks, wanted "
+            f"{needed / GIB:.1f} GiB for what leaves their devices; use more nodes or ranks per "
+            'model, or memory.offload = "never"; memory.start_anyway = true tries all the same'
+        )
+
+
 def check_fits(config: RunConfig, world_size: int, device_bytes: int | None, on_gpu: bool) -> None:
     """Raise ConfigError, with who needs how much and what would help, when `train` can't fit.
 

@@ -77,12 +77,14 @@ WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are its ma
 
 
 def on_host(table: Table, fp32_models: frozenset[str]) -> Buffers:
-    """What has a copy in host memory, because some phase sends it away and nothing makes it again.
+    """What has a copy in host memory: all that nothing makes again, unless everything stays.
 
-    In all phases: a page-locked copy, once made, is kept (runtime/memory.py).
+    At the start of a run everything is sent away once, so that servers find the device empty, and
+    a page-locked copy, once made, is kept (runtime/memory.py).
     """
-    kept = KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in fp32_models))
-    return kept - frozenset.intersection(*table.values())
+    if table is RESIDENT:
+        return frozenset()
+    return KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in fp32_models))
 
 
 # What goes first when not everything fits: what costs nothing to bring back, then what is copied

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import megatron_prime
 from megatron_prime.config import ConfigError
@@ -46,6 +46,13 @@ CPU_DEFAULTS: dict[str, Any] = {
     "max_total_tokens": 16384,  # tokens of key/value cache: SGLang would take most of the memory
     "max_running_requests": 64,
 }
+
+
+class Share(NamedTuple):
+    """What servers may take of devices that they share with a trainer."""
+
+    gives_memory: bool = False  # it can be released while they are not needed
+    kv_tokens: int | None = None  # of key/value cache, by plan; `[sglang]` goes before it
 
 
 @dataclass(frozen=True)

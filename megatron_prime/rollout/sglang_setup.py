@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import Store
 from megatron_prime.config import ConfigError, ParallelSizes, RunConfig
 from megatron_prime.rollout.engine_group import EngineGroup, Membership
 from megatron_prime.rollout.local_engine import DTYPES, end_of_sequence_ids
-from megatron_prime.rollout.sglang_arguments import ServerSpec
+from megatron_prime.rollout.sglang_arguments import ServerSpec, Share
 from megatron_prime.rollout.sglang_engine import SglangEngine
 from megatron_prime.rollout.weight_sync import LOADER, WeightSync
 from megatron_prime.runtime.timeline import Timeline
@@ -42,14 +42,13 @@ def sglang_engine(
     local_ranks: int,
     store: Store | None,
     tp_group: dist.ProcessGroup | None,
-    gives_memory: bool = False,
+    share: Share | None = None,
     timeline: Timeline | None = None,
 ) -> SglangEngine:
     """Start this rank's server, without waiting for it, and plan how it gets its weights.
 
     `sizes`: how the source of the weights is split; `tp_group`: its tensor-parallel ranks.
-    `store`: where the ranks met, None for one process. `gives_memory`: whether the servers must be
-    able to release theirs. Raises ConfigError for what SGLang can't do.
+    `store`: where the ranks met, None for one process. Raises ConfigError for what SGLang can't do.
     """
     knobs = config.rollout
     member = Membership(dist.get_rank(), dist.get_world_size(), knobs.tensor_parallel_size)
@@ -61,7 +60,7 @@ def sglang_engine(
     objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     _agree(plan, local_ranks, objects)
     name = _name_of(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    spec = replace(_spec(config, member, objects), gives_memory=gives_memory)
+    spec = _with_share(_spec(config, member, objects), share or Share())
     group = EngineGroup(member, spec, name, objects)
     dtype = DTYPES[config.precision.policy.dtype]
     reshard = Reshard(plan, member.rank, dtype, tp_group)
@@ -128,6 +127,13 @@ def _spec(config: RunConfig, member: Membership, objects: Any) -> ServerSpec:
         start_timeout_s=knobs.start_timeout_s,
         weight_loader=LOADER,
     )
+
+
+def _with_share(spec: ServerSpec, share: Share) -> ServerSpec:
+    """Without a number of its own a server would take a share of what it finds free."""
+    planned = {} if share.kv_tokens is None else {"max_total_tokens": share.kv_tokens}
+    options = planned | dict(spec.options)
+    return replace(spec, gives_memory=share.gives_memory, options=options)
 
 
 def _name_of(device: torch.device, visible: str | None) -> str | None:

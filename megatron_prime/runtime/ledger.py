@@ -35,6 +35,8 @@ class Limits:
     budget: int | None = None  # bytes of all buffers and the phase's work; None: no limit
     planned: Mapping[str, int] = field(default_factory=dict)  # of each buffer
     work: Mapping[str, int] = field(default_factory=dict)  # of each phase beside its buffers
+    starts_empty: bool = False  # models make room for the servers' start
+    kv_tokens: int | None = None  # of each server's key/value cache
 
 
 class Ledger:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from megatron_prime.errors import RunError
-from megatron_prime.planner.residency import ALL, ENGINE, MOVES, NEEDED, START, WRITTEN, Buffers
+from megatron_prime.planner.residency import ENGINE, MOVES, NEEDED, START, WRITTEN, Buffers
 from megatron_prime.protocols import Phase
 from megatron_prime.runtime.deadline import Deadlines
 from megatron_prime.runtime.ledger import GIB, Ledger, Limits
@@ -46,7 +46,7 @@ class PhaseScheduler:
         self.on_phase: Callable[[Phase], None] = lambda phase: None  # told before anything moves
         self.timeline = Timeline()
         self.deadlines: Deadlines | None = None
-        self._limits = limits
+        self.limits = limits
         self._mover = Mover(limits.budget, device)
         self._ledger = Ledger(limits, self._mover.buffers)
         self._current: Phase | None = None
@@ -63,12 +63,7 @@ class PhaseScheduler:
     @property
     def engine_leaves(self) -> bool:
         """Whether anything of the rollout engine ever has to leave."""
-        return any(not row >= ENGINE for row in self._limits.table.values())
-
-    @property
-    def planned(self) -> Mapping[str, int]:
-        """Bytes of each buffer by plan; empty without one."""
-        return self._limits.planned
+        return any(not row >= ENGINE for row in self.limits.table.values())
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -81,7 +76,7 @@ class PhaseScheduler:
 
         Models are built one after the other, and servers size their cache by what they find free.
         """
-        if self.moves:
+        if self.limits.starts_empty:
             self._arrange(START, NEEDED[Phase.GENERATE.value])
 
     @contextmanager
@@ -89,16 +84,11 @@ class PhaseScheduler:
         """Before the first phase: have what a checkpoint fills of `owner` on the device."""
         states = frozenset(f"{owner}.{kind}" for kind in ("weights", "masters", "moments"))
         with self.starting():
-            if self.moves:
+            if self.limits.starts_empty:
                 self._arrange(START, states)
             yield
         self._mover.written(states)
         self.make_room()
-
-    @property
-    def moves(self) -> bool:
-        """Whether anything ever has to leave."""
-        return any(not row >= ALL for row in self._limits.table.values())
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -113,7 +103,7 @@ class PhaseScheduler:
         try:
             with self._full_is_told(phase.value), self._watched(phase):
                 with self._counted("switch"):
-                    self._arrange(phase.value, self._limits.table[phase.value])
+                    self._arrange(phase.value, self.limits.table[phase.value])
                 with self._counted(phase.value), self.timeline.phase(phase):
                     yield
                     if torch.cuda.is_initialized():
@@ -130,9 +120,9 @@ class PhaseScheduler:
         """
         assert self._current is not None, "a phase is on"
         with self._full_is_told(phase.value):
-            self._arrange(phase.value, self._limits.table[phase.value])
+            self._arrange(phase.value, self.limits.table[phase.value])
             yield
-            self._arrange(self._current.value, self._limits.table[self._current.value])
+            self._arrange(self._current.value, self.limits.table[self._current.value])
 
     def take_seconds(self) -> Metrics:
         """`time/<phase>_s` of the phases since the last call, `time/switch_s` of all moves, and the
@@ -175,7 +165,7 @@ class PhaseScheduler:
         self._switch(name, row)
         held = self._ledger.check(name, row)
         self._memory[f"memory/{name}_device_gib"] = held / GIB
-        budget, work = self._limits.budget, self._limits.work.get(name, 0)
+        budget, work = self.limits.budget, self.limits.work.get(name, 0)
         if budget is not None and held + work > budget:
             raise BudgetExceeded(
                 f"it needs {work / GIB:.3f} GiB to work with, but its buffers hold "

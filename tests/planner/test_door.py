@@ -10,9 +10,10 @@ import pytest
 from planned_runs import SGLANG_8B, run_config
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.planner.door import check_fits, machine_of, plan_or_advice
+from megatron_prime.planner.door import check_fits, check_host, machine_of, plan_or_advice
 from megatron_prime.planner.engine_bytes import NoRoomForServers
 from megatron_prime.planner.memory import GIB, Machine
+from megatron_prime.planner.table import plan_of
 
 
 def run_8b(folder: Path, tokens: int | None = None, **memory: Any) -> RunConfig:
@@ -80,3 +81,13 @@ def test_a_cpu_has_no_limit_unless_one_is_set(tmp_path: Path) -> None:
 
 def test_start_anyway_starts_anyway(tmp_path: Path) -> None:
     check_fits(run_8b(tmp_path, start_anyway=True), 8, GIB, on_gpu=True)
+
+
+def test_what_leaves_must_have_room_on_the_host(tmp_path: Path) -> None:
+    config = run_8b(tmp_path, offload="always")
+    _, plan = plan_of(config, 8, Machine())
+    assert plan.host_bytes > 10 * GIB
+    check_host(config, plan, 8, 8 * plan.host_bytes)
+    with pytest.raises(ConfigError, match=r"host memory for 8 ranks, wanted .* start_anyway"):
+        check_host(config, plan, 8, 8 * plan.host_bytes - 1)
+    check_host(run_8b(tmp_path, offload="always", start_anyway=True), plan, 8, 0)

@@ -37,11 +37,11 @@ def test_what_can_not_be_made_again_is_somewhere(phase: str) -> None:
         assert not on_host(RESIDENT, in_fp32)
 
 
-def test_a_copy_on_the_host_is_kept_while_its_buffer_is_back() -> None:
-    """So all that ever leaves is there at once, and nothing else."""
-    assert on_host(NEEDED, frozenset()) == KEPT
+def test_all_that_nothing_makes_again_has_a_copy_on_the_host_unless_everything_stays() -> None:
     once = {**RESIDENT, "update_prm": ALL - {"policy.moments", "policy.gradients"}}
-    assert on_host(once, frozenset()) == {"policy.moments"}
+    for table in (NEEDED, once, dict(RESIDENT)):
+        assert on_host(table, frozenset()) == KEPT
+    assert on_host(RESIDENT, frozenset({"policy"})) == frozenset()
 
 
 def test_an_fp32_model_sleeps_in_host_memory() -> None:

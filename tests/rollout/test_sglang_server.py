@@ -179,6 +179,20 @@ def test_a_gpu_server_gets_devices_and_none_of_the_cpu_settings(tmp_path) -> Non
         dataclasses.replace(on_gpus, devices=("3",))
 
 
+def test_a_server_that_shares_its_devices_can_give_its_memory(tmp_path) -> None:
+    on_gpus = dataclasses.replace(spec(tmp_path), devices=("0",), gives_memory=True)
+    assert server_arguments(on_gpus, 1, 2)["enable_memory_saver"] is True
+    segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = server_environment(on_gpus, segments, [0])
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    assert environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"
+    alone = dataclasses.replace(on_gpus, gives_memory=False)
+    assert server_arguments(alone, 1, 2)["enable_memory_saver"] is False
+    assert server_environment(alone, segments, [0]).items() >= segments.items()
+    on_cpu = dataclasses.replace(on_gpus, devices=None)
+    assert server_arguments(on_cpu, 1, 2)["enable_memory_saver"] is False
+
+
 def test_the_trainers_launcher_does_not_reach_the_server(tmp_path) -> None:
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
     environ = {name: "1" for name in launcher} | {"HOME": "/h", "PYTHONPATH": "/mine"}

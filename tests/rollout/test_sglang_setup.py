@@ -31,3 +31,13 @@ def test_a_model_that_sglang_would_pad_on_a_cpu(tmp_path, tp, changes, fits) -> 
     else:
         with pytest.raises(ConfigError, match=f"tensor_parallel_size: found {tp} for a model of"):
             check_cpu(shape, tp)
+
+
+def test_a_server_takes_the_cache_that_was_planned_unless_the_user_says_another(tmp_path) -> None:
+    plain = ServerSpec(Path("python"), tmp_path, 1, ("0",), "127.0.0.1", "key", "bf16", tmp_path)
+    assert sglang_setup._with_share(plain, Share()) == plain
+    shared = sglang_setup._with_share(plain, Share(gives_memory=True, kv_tokens=1234))
+    assert shared.gives_memory
+    assert shared.options == {"max_total_tokens": 1234}
+    asked = dataclasses.replace(plain, options={"max_total_tokens": 9})
+    assert sglang_setup._with_share(asked, Share(kv_tokens=1234)).options["max_total_tokens"] == 9

@@ -216,7 +216,7 @@ def model(values=1000):
 def test_a_phase_finds_what_it_needs_and_no_more() -> None:
     tensors, buffers = model()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler = PhaseScheduler(Limits(NEEDED, starts_empty=True), CPU)
     scheduler.add(buffers)
     scheduler.make_room()
     found = {}
@@ -246,7 +246,7 @@ def test_a_phase_finds_what_it_needs_and_no_more() -> None:
 
 def test_at_the_start_a_model_makes_room_and_a_checkpoint_visits_it() -> None:
     tensors, buffers = model()
-    scheduler = PhaseScheduler(Limits(NEEDED), CPU)
+    scheduler = PhaseScheduler(Limits(NEEDED, starts_empty=True), CPU)
     scheduler.add(buffers)
     scheduler.make_room()
     assert all(buffer.held()[0] == 0 for buffer in buffers)
