@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from fake_engine import CONFIG
 
 from megatron_prime.config import ConfigError
-from megatron_prime.rollout.sglang_setup import check_cpu
+from megatron_prime.rollout.sglang_arguments import ServerSpec, Share
+from megatron_prime.rollout.sglang_setup import _with_share, check_cpu
 from megatron_prime.weights.shape import ModelShape
 
 
@@ -35,9 +38,9 @@ def test_a_model_that_sglang_would_pad_on_a_cpu(tmp_path, tp, changes, fits) -> 
 
 def test_a_server_takes_the_cache_that_was_planned_unless_the_user_says_another(tmp_path) -> None:
     plain = ServerSpec(Path("python"), tmp_path, 1, ("0",), "127.0.0.1", "key", "bf16", tmp_path)
-    assert sglang_setup._with_share(plain, Share()) == plain
-    shared = sglang_setup._with_share(plain, Share(gives_memory=True, kv_tokens=1234))
+    assert _with_share(plain, Share()) == plain
+    shared = _with_share(plain, Share(gives_memory=True, kv_tokens=1234))
     assert shared.gives_memory
     assert shared.options == {"max_total_tokens": 1234}
     asked = dataclasses.replace(plain, options={"max_total_tokens": 9})
-    assert sglang_setup._with_share(asked, Share(kv_tokens=1234)).options["max_total_tokens"] == 9
+    assert _with_share(asked, Share(kv_tokens=1234)).options["max_total_tokens"] == 9
