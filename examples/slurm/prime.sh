@@ -1,0 +1,73 @@
+# shellcheck shell=bash
+# What all run.sbatch files do: start a rank per GPU, pass signals on, requeue what was saved.
+#
+# Sourced, because Slurm runs a copy of run.sbatch out of its spool folder. Wants FOLDER (of
+# prime.toml), MODEL, TRAIN, EVAL (may be empty), RUN, PYTHON and the array CONTAINER (options of
+# srun, may be empty). Arguments of `sbatch run.sbatch --section.key=value …` go to the run.
+
+knobs=(--model.hf="$MODEL" --data.train="$TRAIN")
+if [ -n "$EVAL" ]; then knobs+=(--data.eval="$EVAL"); fi
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # sbatch --array=0-2: a run per seed
+  RUN=$RUN/seed_$SLURM_ARRAY_TASK_ID
+  knobs+=(--run.seed="$SLURM_ARRAY_TASK_ID")
+fi
+knobs+=(--run.folder="$RUN" "$@")
+logs=$RUN/logs/$SLURM_JOB_ID
+mkdir -p "$logs"
+ln -sfn "$SLURM_JOB_ID" "$RUN/logs/latest"
+
+repository=$(cd "$FOLDER/../.." && pwd)
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: exchanges begin in the order they were issued
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Some containers' hooks set torchrun's variables for srun's tasks, but not this one.
+export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+
+# Signals that Slurm sends to this shell go to srun, which passes them to all ranks.
+srun_pid='' asked='' interrupted=''
+pass_on() {
+  asked=$1 interrupted=yes
+  echo "[prime] $(date '+%F %T') $1: ranks finish their step and save it"
+  if [ -n "$srun_pid" ]; then kill -s "$1" "$srun_pid" 2>/dev/null || true; fi
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
+echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
+  "requeued ${SLURM_RESTART_COUNT:-0} times; rank 0: tail -F $logs/rank_00000.txt"
+# Ranks end each other when one is lost. --kill-on-bad-exit would kill, on the first 75, the ranks
+# that are about to say 75, and srun would return 143; --wait ends only what is left after a while.
+srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  --output="$logs/rank_%5t.txt" --open-mode=append ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
+srun_pid=$!
+if [ -n "$asked" ]; then kill -s "$asked" "$srun_pid" 2>/dev/null || true; fi
+
+while :; do # a signal ends `wait`, not srun
+  interrupted='' code=0
+  wait "$srun_pid" || code=$?
+  if [ -z "$interrupted" ]; then break; fi
+done
+
+if [ "$code" -ne 0 ]; then tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true; fi
+case $code in
+  0) meaning='done' ;;
+  2) meaning='bad configuration: mend it, submit again' ;;
+  69) meaning='a rank was lost, which the line above names: submit again' ;;
+  70) meaning="a phase did not end: look at $RUN/stuck, submit again" ;;
+  75) meaning='asked to end; saved' ;;
+  137) meaning='killed, most often out of memory: submit again' ;;
+  *) meaning="see $logs and docs/operations.md" ;;
+esac
+echo "[prime] $(date '+%F %T') exit code $code: $meaning"
+if [ "$code" -eq 75 ]; then
+  # A job that was cancelled, or that Slurm itself requeues, is not RUNNING any more.
+  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
+  if [ "$state" = RUNNING ]; then
+    echo "[prime] requeue"
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "[prime] the job is $state: not requeued; the same sbatch command continues the run"
+  fi
+fi
+exit "$code"
