@@ -44,7 +44,7 @@ trap 'echo USR1 >> "$FAKE/signals"; exit 75' USR1
 trap 'echo TERM >> "$FAKE/signals"; exit 75' TERM
 touch "$FAKE/started"
 if [ "$CODE" != wait ]; then exit "$CODE"; fi
-while :; do sleep 0.05; done
+for _ in {1..1200}; do sleep 0.05; done # a minute, should nobody signal
 """
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" != show ]; then echo "$*" >> "$FAKE/scontrol"; exit; fi
