@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "layouts"), [pytest.param(1, 1, marks=pytest.mark.slow), (4, 2)])
 def test_engines_of_any_layout_load_what_was_converted(
     models: Path, ranks: int, layouts: int
 ) -> None:

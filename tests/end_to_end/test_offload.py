@@ -22,6 +22,7 @@ def figures(job: Job, name: str) -> dict[int, dict[str, float]]:
     return {step: reproducible(record) for step, record in job.metrics(name).items()}
 
 
+@pytest.mark.slow
 def test_four_ranks_in_fp32(job: Job, full: str) -> None:
     job.start("train", 4, "offloaded", ALWAYS, "--run.steps=2")
     job.start("train", 4, "offloaded", ALWAYS)

@@ -116,7 +116,7 @@ def test_a_rank_that_hangs_is_found_among_those_that_wait_for_it(ranks, tmp_path
     assert max(seconds) < DEADLINE_S + IN_GOOD_ORDER_S
 
 
-@pytest.mark.parametrize("holder", [0, 1])
+@pytest.mark.parametrize("holder", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_holds_the_interpreter_writes_its_stacks_too(ranks, holder: int) -> None:
     """Also rank 0, whose hub then is silent."""
     deeds = ["meet"] * 3
@@ -132,6 +132,7 @@ def test_a_rank_that_holds_the_interpreter_writes_its_stacks_too(ranks, holder: 
     assert max(seconds) < DEADLINE_S + WITHOUT_THE_LOCK_S
 
 
+@pytest.mark.slow
 def test_a_silent_rank_writes_its_stacks_before_it_is_given_up(
     ranks, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_one_rank_alone(ranks, tmp_path) -> None:
     assert DEADLINE_S < seconds < DEADLINE_S + IN_GOOD_ORDER_S
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path) -> None:
     with pytest.raises(AssertionError, match=r"exitcode +: 70") as found:
         run_ranks(SCRIPT, 2, [tmp_path, DEADLINE_S, "sleep", "meet"], timeout_s=90)

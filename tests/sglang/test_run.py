@@ -37,7 +37,7 @@ def knobs(tp: int, *more: str) -> list[str]:
         "--rollout.mismatch_alarm=1e-6",
         "--rollout.sync_timeout_s=60",
         "--debug.save_rollouts=true",
-        "--run.steps=3",
+        "--run.steps=2",
         "--evaluate.every=0",
         "--checkpoint.every=0",
         *more,
@@ -56,14 +56,14 @@ def undisturbed(job: Job) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_samples_with_the_weights_of_each_step(undisturbed) -> None:
-    for step in (1, 2, 3):
+    for step in (1, 2):
         figures = undisturbed[step]
         assert figures["rollout/mismatch_max"] < 1e-4
         assert figures["rollout/mismatch_alarm"] == 0
         assert figures["rollout/server_restarts"] == figures["rollout/repeated_syncs"] == 0
         assert figures["filter/kept"] == 8
     assert undisturbed[0].keys() & {"evaluate/accuracy"}
-    assert undisturbed[3]["policy/grad_norm"] > 0
+    assert undisturbed[2]["policy/grad_norm"] > 0
 
 
 # ------------------------------------------------------------------ killed servers

@@ -260,6 +260,7 @@ def test_another_source_does_not_continue_the_first(tmp_path: Path, hf: Path) ->
     assert shard_jobs.Workplace(tmp_path / "dist", {"of": "other"}).finished(job) is None
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     """A gigabyte in 20 layers; the largest tensor, whose rows want padding, has 205 MB."""
     config = synthetic.SMALL | {
@@ -293,7 +294,9 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [synthetic.LLAMA_70B, synthetic.QWEN_72B], ids=["llama", "qwen"])
-@pytest.mark.parametrize("tp", [1, 4, 8])
+@pytest.mark.parametrize(
+    "tp", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_names_slices_and_bytes_at_70b(tmp_path: Path, config: dict[str, object], tp: int) -> None:
     """Through the planning code, on files without bytes; truth by arithmetic of the two models."""
     hf = synthetic.make(tmp_path / "hf", config, files=15, sparse=True)
