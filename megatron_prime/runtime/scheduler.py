@@ -164,7 +164,8 @@ class PhaseScheduler:
         """Move the difference, then assert that it is so."""
         self._switch(name, row)
         held = self._ledger.check(name, row)
-        self._memory[f"memory/{name}_device_gib"] = held / GIB
+        if name != START:
+            self._memory[f"memory/{name}_device_gib"] = held / GIB
         budget, work = self.limits.budget, self.limits.work.get(name, 0)
         if budget is not None and held + work > budget:
             raise BudgetExceeded(
