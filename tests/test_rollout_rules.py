@@ -123,6 +123,7 @@ def test_what_is_ours_is_what_the_server_gets_from_us(tmp_path) -> None:
             api_key="l",
             dtype="bf16",
             weight_loader="a.c",
+            gives_memory=True,
         ),
         3,
         4,
