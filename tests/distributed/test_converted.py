@@ -48,6 +48,7 @@ def tool(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_policy_and_prm_out_of_a_runs_checkpoint(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

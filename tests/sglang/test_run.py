@@ -45,12 +45,14 @@ def knobs(tp: int, *more: str) -> list[str]:
 
 
 TWO_RANKS = layout(tp=2, pp=1)
+OFFLOADED = "--memory.offload=always"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Job) -> dict[int, dict[str, float]]:
-    """The figures of two ranks, TP 2, with one server over both."""
-    with Ranks(job, 2, "undisturbed", *knobs(2, *TWO_RANKS)) as ranks:
+    """The figures of two ranks, TP 2, with one server over both, which gives its memory back
+    between its uses, as all buffers of the trainer leave."""
+    with Ranks(job, 2, "undisturbed", *knobs(2, *TWO_RANKS, OFFLOADED)) as ranks:
         assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
     return job.metrics("undisturbed")
 
@@ -121,8 +123,7 @@ def wait_until(reached: Callable[[], Any], alive: Callable[[], object]) -> None:
 
 
 def assert_survives(job: Job, undisturbed: dict, name: str, kill: Callable, syncs: int) -> None:
-    """Its servers also give their memory back between uses, and trainer's buffers leave."""
-    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS, "--memory.offload=always")) as ranks:
+    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS, OFFLOADED)) as ranks:
         kill(ranks.folder, ranks._assert_running)
         assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
     found = job.metrics(name)
@@ -140,6 +141,7 @@ def assert_survives(job: Job, undisturbed: dict, name: str, kill: Callable, sync
                 assert found[step][figure] == pytest.approx(value, rel=1e-4, abs=1e-4), figure
 
 
+@pytest.mark.slow
 def test_a_server_killed_while_it_generates(job: Job, undisturbed) -> None:
     assert_survives(job, undisturbed, "generating", in_generation, syncs=0)
 
@@ -167,7 +169,7 @@ def test_other_layouts_sample_the_same(job: Job, undisturbed) -> None:
         first, found = undisturbed[1], job.metrics(name)[1]
         for figure in ("rollout/accuracy", "rollout/tokens", "filter/accuracy", "filter/generated"):
             assert found[figure] == first[figure], figure
-        assert all(job.metrics(name)[step]["rollout/mismatch_max"] < 1e-4 for step in (1, 2, 3))
+        assert all(job.metrics(name)[step]["rollout/mismatch_max"] < 1e-4 for step in (1, 2))
 
 
 @pytest.mark.slow
