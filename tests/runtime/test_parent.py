@@ -52,7 +52,7 @@ from megatron_prime.runtime.parent import take_forks_along
 def sleep(name):
     if name == "child":  # a fork of a fork
         fork.Process(target=sleep, args=("grandchild",)).start()
-    os.write(1, f"{os.getpid()}\n".encode())  # in one piece: both write to the same pipe
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: both write to the same pipe
     time.sleep(60)
 
 take_forks_along()
