@@ -111,7 +111,7 @@ class Ledger:
 def knob(phase: str) -> str:
     """The knob that matters most for a phase's memory, and the command that compares them all."""
     of_phase = {
-        "start": "rollout.engine and policy on more ranks",
+        "start": "more ranks per model",
         "generate": "sglang.mem_fraction_static or rollout.batch_size, lower",
         "evaluate": "sglang.mem_fraction_static or rollout.batch_size, lower",
         "score": "policy.micro_batch_tokens and prm.micro_batch_tokens, lower",

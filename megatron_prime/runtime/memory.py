@@ -228,7 +228,7 @@ class Storages:
     """A piece for each storage of tensors; each is made once."""
 
     def __init__(self, kind: type[Remade], tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """Pieces of `kind`."""
+        """`kind` is made of any tensor that lies in the storage."""
         self._kind, self._tensors = kind, tensors
         self._made: dict[int, Piece] = {}
 

@@ -72,9 +72,9 @@ class PhaseScheduler:
             yield
 
     def make_room(self) -> None:
-        """Before the first phase: send what was added so far away, if anything ever leaves.
+        """Before the first phase: send away what was added so far, unless everything always stays.
 
-        Models are built one after the other, and servers size their cache by what they find free.
+        So models can be built one after the other, and servers find the device empty.
         """
         if self.limits.starts_empty:
             self._arrange(START, NEEDED[Phase.GENERATE.value])
