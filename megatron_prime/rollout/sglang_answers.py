@@ -98,6 +98,28 @@ def checked_samples(
     return samples
 
 
+def checked_scores(input_ids: Sequence[int], answer: Any) -> tuple[float, ...]:
+    """The log-probs of `input_ids` but the first, of a /generate answer. Raises BadAnswer."""
+    try:
+        triples = answer["meta_info"]["input_token_logprobs"]
+        scored = [(token, logprob) for logprob, token, _ in triples]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadAnswer(
+            "the answer lacks what this version of SGLang should have "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if [token for token, _ in scored] != list(input_ids):
+        raise WrongLength(
+            f"found log-probs of {len(scored)} tokens, wanted those of the {len(input_ids)} sent"
+        )
+    for position, (_, logprob) in enumerate(scored[1:], 1):
+        if not isinstance(logprob, float | int) or not math.isfinite(logprob):
+            raise LogprobNotFinite(
+                f"found the log-prob {logprob} at token {position}, wanted a finite one"
+            )
+    return tuple(float(logprob) for _, logprob in scored[1:])
+
+
 def _checked(request: SampleRequest, found: Any, stops: frozenset[int]) -> Sample:
     meta, ids = found["meta_info"], tuple(found["output_ids"])
     if meta["id"] != wire_rid(request.rid):

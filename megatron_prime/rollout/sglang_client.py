@@ -28,6 +28,7 @@ from megatron_prime.rollout.sglang_answers import (
     SampleRequest,
     SglangError,
     checked_samples,
+    checked_scores,
     wire_rid,
 )
 
@@ -119,6 +120,21 @@ class SglangClient:
                 raise
             return [Sample.aborted(request.rid) for request in requests]
         return checked_samples(requests, answer, stop_token_ids)
+
+    async def score(self, input_ids: Sequence[int], timeout_s: float) -> tuple[float, ...]:
+        """The log-prob of each given token but the first, at temperature 1.
+
+        The whole text is computed anew: SGLang does not take log-probs from its prefix cache.
+        Raises the errors of the module.
+        """
+        body = {
+            "input_ids": list(input_ids),
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answer = await self._call("POST", "/generate", body, timeout_s)
+        return checked_scores(input_ids, answer)
 
     async def abort(self, rid: str | None = None) -> None:
         """Let a request, or all, end where it is: its sample is what there is, `abort` its reason.

@@ -43,6 +43,14 @@ def test_logprobs_are_those_of_transformers(server, model, temperature) -> None:
         )
 
 
+def test_scores_of_a_text_are_those_of_transformers(server, model) -> None:
+    sample(server, [1])  # the text's beginning is in the prefix cache now
+    text = [*PROMPT, 5, 9, 5, 17]
+    for _ in range(2):
+        found = run(server, lambda client: client.score(text, 60))
+        assert found == pytest.approx(logprobs_of(model[0], text[:1], tuple(text[1:])), abs=1e-4)
+
+
 def test_greedy_takes_the_most_likely_tokens(server, model) -> None:
     (found,) = sample(server, [1], 0.0)
     told = model[0].generate(
