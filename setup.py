@@ -43,6 +43,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "import-linter==2.16",

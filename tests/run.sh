@@ -25,4 +25,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest "${select[@]}"
+# Two processes, on which tests/conftest.py tells the tests where to stay together.
+python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 "${select[@]}"

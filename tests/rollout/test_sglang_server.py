@@ -66,6 +66,7 @@ def test_a_proxy_is_not_asked_for_the_server(server, monkeypatch) -> None:
 
 def test_the_server_imports_our_package_and_nothing_that_lies_beside_it(server) -> None:
     server.start()
+    server.ready()  # before that it may not have an environment yet
     folders = psutil.Process(server.pid).environ()["PYTHONPATH"].split(os.pathsep)
     first = Path(folders[0])
     assert [path.name for path in first.iterdir()] == ["megatron_prime"]
