@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
 
 from megatron_prime.runtime.rendezvous import Rendezvous
 
@@ -61,8 +61,8 @@ def meet(here: Rendezvous, serves: bool, until: float) -> Store:
     Raises dist.DistError if it can't be served, or not be reached in time.
     """
     if here.world_size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined, no-any-return]
-    store = dist.TCPStore(
+        return dist.HashStore()  # type: ignore[attr-defined]
+    store = TCPStore(
         here.master_addr,
         here.master_port,
         None,

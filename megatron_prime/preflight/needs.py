@@ -30,6 +30,7 @@ class Needs:
     export: int = 0
     checkpoints: int = 1  # that the disk still has to take
     keeps_all: bool = False
+    shares_gpus: bool = False  # with servers, which are processes of their own
     no_plan: str = ""  # why there is none
 
 
@@ -60,6 +61,7 @@ def needs_of(
         export=sizes.tp * sum(kept["policy.weights"] for kept in stages),
         checkpoints=checkpoints_to_come(config, there),
         keeps_all=config.checkpoint.keep == 0,
+        shares_gpus=on_gpu and config.rollout.engine == "sglang",
     )
 
 

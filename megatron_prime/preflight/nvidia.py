@@ -8,38 +8,32 @@ memory, which torch tells, does not lie.
 from __future__ import annotations
 
 import shutil
-import subprocess
 
+from megatron_prime.preflight.children import output_of
 from megatron_prime.preflight.facts import Card, Driver, Tenant
 
 MIB = 2**20
-PATIENCE_S = 20.0  # without the persistence daemon the driver takes seconds to start
 _CARDS = "driver_version,uuid,compute_mode,ecc.errors.uncorrected.volatile.total"
 _TENANTS = "gpu_uuid,pid,used_memory,process_name"
 
 
 def driver() -> Driver:
-    """Ask; raises OSError or subprocess.SubprocessError if it can't answer."""
+    """Ask; raises OSError or RuntimeError if it can't answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return Driver()
 
     def ask(query: str) -> str:
         command = [program, query, "--format=csv,noheader,nounits"]
-        found = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=PATIENCE_S
-        )
-        return found.stdout
+        return output_of(command)
 
     return parsed(ask(f"--query-gpu={_CARDS}"), ask(f"--query-compute-apps={_TENANTS}"))
 
 
 def parsed(cards: str, tenants: str) -> Driver:
     """From the two tables that nvidia-smi prints; what it does not know stands there as `[N/A]`."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in cards.splitlines() if line]
-    others = [
-        [cell.strip() for cell in line.split(",", 3)] for line in tenants.splitlines() if line
-    ]
+    rows = [_cells(line) for line in cards.splitlines() if line]
+    others = [_cells(line, 3) for line in tenants.splitlines() if line]
     return Driver(
         version=rows[0][0] if rows else "",
         cards=tuple(Card(row[1], row[2], _number(row[3])) for row in rows),
@@ -48,6 +42,10 @@ def parsed(cards: str, tenants: str) -> Driver:
             for uuid, pid, used, name in others
         ),
     )
+
+
+def _cells(line: str, commas: int = -1) -> list[str]:
+    return [cell.strip() for cell in line.split(",", commas)]
 
 
 def _number(cell: str) -> int | None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ import megatron_prime
 from megatron_prime.config import RunConfig
 from megatron_prime.config_file import describe
 from megatron_prime.preflight import nvidia
+from megatron_prime.preflight.children import output_of
 from megatron_prime.preflight.facts import Disk, Facts, Gpu, Limits, Memory, Seat, Source
 from megatron_prime.runtime.provenance import installed
 
@@ -212,16 +211,7 @@ def missing_weights(folder: Path) -> str:
 def sglang(python: Path) -> str:
     """The version that the servers' interpreter has; raises if it has none."""
     program = "from importlib.metadata import version; print(version('sglang'))"
-    found = subprocess.run(
-        [str(python), "-P", "-c", program],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{python} has no SGLang: {last}")
-    return found.stdout.strip()
+    return output_of([str(python), "-P", "-c", program]).strip()
 
 
 def _short(digest: Any) -> str:
