@@ -123,13 +123,12 @@ def _hung(all_of: Findings) -> Iterator[Problem]:
     ranks = tuple(rank for rank, at in hung.items() if at == least)
     waits = "" if len(ranks) == len(hung) else f"; {len(hung) - len(ranks)} others wait for it"
     begun = least >= 0 and least % 2 == 0
-    stage = all_of.stages[least // 2 if begun else (least + 1) // 2].name
+    number = least // 2 if begun else (least + 1) // 2
+    stage = all_of.stages[min(number, len(all_of.stages) - 1)].name
+    did = "began, and did not end within" if begun else "did not begin within"
     yield Problem(
         ranks,
-        f"{'began' if begun else 'never began'} {CIRCLES[stage]} and did not end it within "
-        f"{all_of.patience_s:.0f} s{waits}"
-        if begun
-        else f"never began {CIRCLES[stage]}{waits}",
+        f"{did} {all_of.patience_s:.0f} s, {CIRCLES[stage]}{waits}",
         "its end",
         MENDS[stage],
     )

@@ -172,6 +172,15 @@ def limit_problems(all_of: Findings) -> Iterator[Problem]:
 
 def probe_problems(all_of: Findings) -> Iterator[Problem]:
     """What could not be found out, and ranks that see another configuration."""
+    if all_of.needs is None or all_of.needs.no_plan:
+        why = all_of.needs.no_plan if all_of.needs else "the planner did not answer"
+        yield Problem(
+            tuple(all_of.seats),
+            f"no plan: {why}",
+            "one, to check memory and disk by",
+            "python tools/plan.py step RUN.toml --ranks N says more",
+            refuses=False,
+        )
     for rank, facts in all_of.facts.items():
         if facts.config_problem:
             found = facts.config_problem.replace("\n", "; ")

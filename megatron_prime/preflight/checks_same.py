@@ -1,4 +1,4 @@
-"""What has to be the same on all ranks or nodes, and is not: those that differ from most of them."""
+"""What has to be the same on all ranks or nodes: those that differ from most others."""
 
 from __future__ import annotations
 

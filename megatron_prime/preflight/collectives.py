@@ -4,7 +4,7 @@
     node         the ranks of each node; from here on NCCL where there are GPUs
     pairs        each node with its neighbour, then with its other one: a slow or broken node is in
                  two bad pairs, a bad link in one
-    all          all ranks
+    all          all ranks, by NCCL
 
 In every stage a rank says that it has begun before it begins, so that of a stage that never ends is
 known who came to it. Times are the best of several, after one that is not counted.
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(nodes: Sequence[Sequence[int]], on_gpu: bool) -> list[Stage]:
-    """What is reduced on `nodes` (the ranks of each). No stage is the same as another one."""
+    """What is reduced on `nodes` (the ranks of each)."""
     backend = "nccl" if on_gpu else "gloo"
     everyone = tuple(rank for node in nodes for rank in node)
     found = [Stage(GLOO, "gloo", (everyone,))]
@@ -52,7 +52,7 @@ def stages_of(nodes: Sequence[Sequence[int]], on_gpu: bool) -> list[Stage]:
         for pairs in (even, odd):
             groups = tuple(tuple(sorted([*nodes[a], *nodes[b]])) for a, b in pairs)
             found.append(Stage(PAIRS, backend, groups))
-    if len(nodes) > 1:
+    if len(nodes) > 1 and on_gpu:  # else it would be the first again
         found.append(Stage(ALL, backend, (everyone,)))
     return found
 

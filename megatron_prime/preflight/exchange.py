@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_prime.runtime.rendezvous import Rendezvous
 
@@ -62,7 +62,7 @@ def meet(here: Rendezvous, serves: bool, until: float) -> Store:
     """
     if here.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
-    store = TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         here.master_addr,
         here.master_port,
         None,

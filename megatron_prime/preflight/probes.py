@@ -42,7 +42,7 @@ class Probes:
 
     def __init__(self, seat: Seat, config_problem: str, probes: Mapping[str, Probe]) -> None:
         """Start them all; `probes` by their fields of `Facts`."""
-        self._seat, self._config_problem = seat, config_problem
+        self.seat, self.config_problem = seat, config_problem
         self._found: dict[str, Any] = {}
         self._failed: dict[str, str] = {}
         self._threads = {
@@ -58,7 +58,7 @@ class Probes:
             thread.join(max(0.0, until - time.monotonic()))
         found, failed = dict(self._found), dict(self._failed)
         silent = tuple(name for name in self._threads if name not in found | failed)
-        return Facts(self._seat, self._config_problem, **found, silent=silent, failed=failed)
+        return Facts(self.seat, self.config_problem, **found, silent=silent, failed=failed)
 
     def _ask(self, name: str, probe: Probe) -> None:
         try:

@@ -39,7 +39,7 @@ class Trial:
     def visit(self, who: str) -> str:
         """Read rank 0's file and leave one, on another node; what went wrong, or nothing."""
         try:
-            if not self._appears("rank_0"):
+            if not self._appears("rank_0", time.monotonic() + APPEARS_S):
                 there = "is not there" if not self.run_folder.exists() else "is another folder"
                 return f"{self.run_folder} {there}: a file that rank 0 wrote is not seen in it"
             self._write(who)
@@ -49,8 +49,9 @@ class Trial:
 
     def unseen(self, visitors: Iterable[str]) -> list[str]:
         """Whose files rank 0 does not see."""
+        until = time.monotonic() + APPEARS_S
         try:
-            return [who for who in visitors if not self._appears(who)]
+            return [who for who in visitors if not self._appears(who, until)]
         except OSError:  # it has been said
             return []
 
@@ -69,8 +70,7 @@ class Trial:
             os.fsync(file.fileno())
         draft.rename(self.path / who)
 
-    def _appears(self, who: str) -> bool:
-        until = time.monotonic() + APPEARS_S
+    def _appears(self, who: str, until: float) -> bool:
         while True:
             with suppress(FileNotFoundError):  # not yet
                 return (self.path / who).read_text() == self.name
