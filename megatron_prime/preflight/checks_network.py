@@ -125,10 +125,10 @@ def _hung(all_of: Findings) -> Iterator[Problem]:
     begun = least >= 0 and least % 2 == 0
     number = least // 2 if begun else (least + 1) // 2
     stage = all_of.stages[min(number, len(all_of.stages) - 1)].name
-    did = "began, and did not end within" if begun else "did not begin within"
+    did = "end" if begun else "begin"
     yield Problem(
         ranks,
-        f"{did} {all_of.patience_s:.0f} s, {CIRCLES[stage]}{waits}",
+        f"did not {did} {CIRCLES[stage]} within {all_of.patience_s:.0f} s{waits}",
         "its end",
         MENDS[stage],
     )

@@ -51,6 +51,8 @@ def needs_of(
     replicas = ranks // (sizes.tp * sizes.pp)
     stages = [rank.kept for rank in plan.ranks]
     peak = plan.peak.device
+    if not on_gpu and config.rollout.engine == "sglang":  # without a limit it has no useful size
+        peak -= plan.peak.resident.get("engine.kv_cache", 0)
     return Needs(
         ranks=ranks,
         open_files=files,
