@@ -60,11 +60,11 @@ def clock_problems(all_of: Findings) -> Iterator[Problem]:
     """Against rank 0's clock."""
     for rank, clock in all_of.clocks.items():
         if clock is None:
-            yield Problem((rank,), "no answer about the time", "one", "see that node")
+            yield Problem(all_of.node_of(rank), "no answer about the time", "one", "see that node")
         elif abs(clock.offset) - clock.error > CLOCK_WARNS_S:
             ahead = "ahead of" if clock.offset > 0 else "behind"
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 f"a clock {abs(clock.offset):.1f} s {ahead} rank 0's (± {clock.error:.3f} s)",
                 f"{CLOCK_WARNS_S:g} s at most: the timeline lays ranks side by side by their "
                 "clocks, and files look newer than they are",
@@ -78,7 +78,7 @@ def folder_problems(all_of: Findings) -> Iterator[Problem]:
     for rank, problem in all_of.shared.items():
         if problem != "":
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 problem or "no answer about run.folder",
                 "one folder that all nodes see and may write to",
                 "run.folder: an absolute path on a shared file system, with rights",
@@ -86,7 +86,7 @@ def folder_problems(all_of: Findings) -> Iterator[Problem]:
     for rank, problem in all_of.hub.items():
         if problem:
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 problem,
                 "a way to any port of rank 0's node, over which lost ranks are noticed",
                 "the site's firewall between nodes; MASTER_ADDR: another address of that node",

@@ -29,7 +29,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
         if leader:
             uuids = {gpu.uuid for gpu in gpus.values()}
             shared = all_of.needs is not None and all_of.needs.shares_gpus
-            yield from _cards(leader, uuids, shared)
+            yield from _cards(leader, tuple(members), uuids, shared)
     for rank, facts in all_of.facts.items():
         if facts.gpu is None and facts.has_gpu_device and "gpu" not in facts.silent:
             yield Problem(
@@ -75,21 +75,22 @@ def _free(rank: int, gpu: Gpu, others: list[Tenant], needs: Needs | None) -> Ite
         )
 
 
-def _cards(leader: Facts, uuids: set[str], shared: bool) -> Iterator[Problem]:
-    rank = leader.seat.rank
+def _cards(
+    leader: Facts, members: tuple[int, ...], uuids: set[str], shared: bool
+) -> Iterator[Problem]:
     cards = leader.driver.cards if leader.driver else ()
     used = [card for card in cards if card.uuid in uuids or not uuids]
     for mode in sorted({card.mode for card in used if card.mode in ALONE}):
         if ALONE[mode] < 1 or shared:
             yield Problem(
-                (rank,),
+                members,
                 f"GPUs in computing mode {mode}",
                 "Default: trainer and rollout servers share them",
                 "nvidia-smi -c DEFAULT (the site's administrators)",
             )
     if errors := sum(card.ecc_errors or 0 for card in used):
         yield Problem(
-            (rank,),
+            members,
             f"{errors} uncorrected ECC errors since the GPUs were reset",
             "none",
             "sbatch --exclude this node, and tell the site",
@@ -108,7 +109,7 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
         if needs.host is not None and memory.available < needs.host:
             of = "what leaves the GPUs" if needs.device is not None else "the whole plan"
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of host memory free",
                 f"{needs.host / GIB:.1f} GiB for {of}",
                 'more nodes or ranks per model, or memory.offload = "never"',
@@ -116,7 +117,7 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
             )
         if memory.shm_free is not None and memory.shm_free < needs.shm:
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 f"{memory.shm_free / GIB:.2f} GiB free in /dev/shm",
                 f"{needs.shm / GIB:.2f} GiB for what ranks hand each other",
                 "a container's --shm-size, or clear what others left there",
@@ -136,7 +137,7 @@ def disk_problems(all_of: Findings) -> Iterator[Problem]:
             continue
         kept = "checkpoint.keep = 0 keeps all" if needs.keeps_all else "lower checkpoint.keep"
         yield Problem(
-            (rank,),
+            all_of.node_of(rank),
             f"{facts.disk.free / GIB:.1f} GiB free below run.folder",
             f"{wanted / GIB:.1f} GiB: {needs.checkpoints} checkpoints of "
             f"{needs.checkpoint / GIB:.1f}, and the exported model",
@@ -187,18 +188,22 @@ def probe_problems(all_of: Findings) -> Iterator[Problem]:
             yield Problem((rank,), found, "what rank 0 finds", "paths that all nodes see")
         for name in facts.silent:
             yield Problem(
-                (rank,),
+                all_of.node_of(rank) if name in OF_NODE else (rank,),
                 f"no answer about {QUESTIONS[name]}",
                 "one within the time",
                 "look at that node: a file system or a driver hangs; or raise --seconds",
             )
         for name, error in facts.failed.items():
             yield Problem(
-                (rank,), error, f"an answer about {QUESTIONS[name]}", "see that node", name in HARD
+                all_of.node_of(rank) if name in OF_NODE else (rank,),
+                error,
+                f"an answer about {QUESTIONS[name]}",
+                "see that node",
+                refuses=name in HARD,
             )
         if facts.ports:
             yield Problem(
-                (rank,),
+                all_of.node_of(rank),
                 facts.ports,
                 "ports of loopback for the rollout servers",
                 "see ss -tlnp and net.ipv4.ip_local_port_range on that node",
@@ -218,3 +223,4 @@ QUESTIONS = {
     "sglang": "SGLang (rollout.sglang_python)",
 }
 HARD = ("versions", "gpu", "sources", "sglang", "disk")  # a run would fail there, too
+OF_NODE = ("driver", "memory", "disk", "ports", "sources", "sglang")

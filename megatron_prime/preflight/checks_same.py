@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_prime.preflight.facts import Facts
@@ -44,10 +45,11 @@ def version_problems(all_of: Findings) -> Iterator[Problem]:
     for name in dict.fromkeys(name for found in versions.values() for name in found):
         values = {rank: found.get(name, "none") for rank, found in versions.items()}
         yield from _differ(name, values, MENDS.get(name, ENVIRONMENT))
-    yield from _differ("sglang", _of(facts, lambda one: one.sglang), MENDS["sglang"])
+    servers = _differ("sglang", _of(facts, lambda one: one.sglang), MENDS["sglang"])
+    yield from _of_nodes(all_of, servers)
     drivers = _of(facts, lambda one: one.driver.version if one.driver else None)
     mend = "ask the site; NCCL and CUDA graphs may behave differently there"
-    yield from _differ("GPU driver", drivers, mend, refuses=False)
+    yield from _of_nodes(all_of, _differ("GPU driver", drivers, mend, refuses=False))
 
 
 def source_problems(all_of: Findings) -> Iterator[Problem]:
@@ -58,7 +60,7 @@ def source_problems(all_of: Findings) -> Iterator[Problem]:
             if source.problem:
                 found = f"{knob} = {source.path}: {source.problem}"
                 wanted = "a whole model" if knob.endswith("hf") else "a file"
-                yield Problem((rank,), found, wanted, f"mend it, or set {knob}")
+                yield Problem(all_of.node_of(rank), found, wanted, f"mend it, or set {knob}")
     for knob in dict.fromkeys(k for facts in leading.values() for k in facts.sources or {}):
         digests = {
             rank: facts.sources[knob].digest
@@ -66,7 +68,7 @@ def source_problems(all_of: Findings) -> Iterator[Problem]:
             if facts.sources and knob in facts.sources and not facts.sources[knob].problem
         }
         mend = f"{knob}: a path on a file system that all nodes share, or the same copy on each"
-        yield from _differ(f"{knob} of content", digests, mend)
+        yield from _of_nodes(all_of, _differ(f"{knob} of content", digests, mend))
 
 
 def gpu_kinds(all_of: Findings) -> Iterator[Problem]:
@@ -78,8 +80,10 @@ def gpu_kinds(all_of: Findings) -> Iterator[Problem]:
     }
     mend = "ask for one kind of GPU (sbatch --gpus-per-node=h100:8, --constraint); see nvidia-smi"
     yield from _differ("GPU", kinds, mend)
-    sizes = {members[0]: str(len(members)) for members in all_of.nodes.values()}
-    yield from _differ("number of ranks", sizes, "sbatch --ntasks-per-node: as many on each node")
+    if len(all_of.seats) == all_of.ranks:
+        sizes = {members[0]: str(len(members)) for members in all_of.nodes.values()}
+        mend = "sbatch --ntasks-per-node: as many on each node"
+        yield from _of_nodes(all_of, _differ("number of ranks", sizes, mend))
 
 
 def _differ(
@@ -88,6 +92,12 @@ def _differ(
     for odd in odd_ones(values):
         wanted = f"{odd.usual} as on {odd.others} of {len(values)}"
         yield Problem((odd.rank,), f"{name} {odd.found}", wanted, mend, refuses)
+
+
+def _of_nodes(all_of: Findings, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The same of whole nodes, of which one rank was asked."""
+    for one in problems:
+        yield replace(one, ranks=all_of.node_of(one.ranks[0]))
 
 
 def _of(facts: Mapping[int, Facts], value: Callable[[Facts], str | None]) -> dict[int, str]:

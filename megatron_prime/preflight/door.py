@@ -36,7 +36,7 @@ def preflight(
     """This rank's part; the exit code. `node`: the name of this one, `config_problem`: why not."""
     process = psutil.Process()
     seat = Seat(here.rank, here.local_rank, node, process.pid)
-    age = min(max(0.0, time.time() - process.create_time()), options.seconds / 2)
+    age = max(0.0, time.time() - process.create_time())  # Python's own start counts
     times = Times.of(time.monotonic() - age, options.seconds)
     refused = 0 if options.warn_only else REFUSED
     last_resort = ExitTimer(refused)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_prime.preflight.collectives import Stage
@@ -43,6 +43,10 @@ class Findings:
         """Ranks of each node that has come."""
         return nodes_of(self.seats)
 
+    def node_of(self, rank: int) -> tuple[int, ...]:
+        """All ranks of a rank's node: whom its node's problems concern."""
+        return tuple(self.nodes[self.seats[rank].node])
+
     @property
     def leading(self) -> dict[int, Facts]:
         """Facts of the ranks that speak for their nodes."""
@@ -53,16 +57,19 @@ def where(ranks: Iterable[int], seats: Mapping[int, Seat]) -> str:
     """Whom a problem concerns: whole nodes by their names, else ranks on nodes."""
     concerned, nodes = set(ranks), nodes_of(seats)
     if not concerned <= set(seats):
-        return f"ranks {ranges(sorted(concerned))}"
+        return _named(sorted(concerned))
     if concerned == set(seats):
         return f"all {len(nodes)} nodes" if len(nodes) > 1 else next(iter(nodes))
     parts = []
     for node, members in nodes.items():
         here = sorted(concerned & set(members))
-        some = f"rank {here[0]}" if len(here) == 1 else f"ranks {ranges(here)}"
         if here:
-            parts.append(node if here == members else f"{some} on {node}")
+            parts.append(node if here == members else f"{_named(here)} on {node}")
     return ", ".join(parts)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranges(ranks)}"
 
 
 def merged(problems: Iterable[Problem]) -> list[Problem]:

@@ -2,12 +2,12 @@
 
     spoilt_rank.py DEED preflight RUN.toml …
 
-DEED: `none`, or `version`, `disk`, `clock`, `sleep`, `probe`, `folder`: what is spoilt, in this
-process alone.
+DEED: what is spoilt, in this process alone; several with a + between them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,7 +34,8 @@ def spoil(deed: str) -> None:
         "probe": lambda: setattr(probes, "sources", lambda config: time.sleep(600)),
         "blind": lambda: setattr(Path, "read_text", _nothing_there(Path.read_text)),
     }
-    replaced[deed]()
+    for one in deed.split("+"):
+        replaced[one]()
 
 
 def _nothing_there(read: Any) -> Any:
@@ -49,8 +50,6 @@ def _nothing_there(read: Any) -> Any:
 
 
 if __name__ == "__main__":
-    import os
-
     spoil(sys.argv[1])
     code = main(sys.argv[2:])
     sys.stdout.flush()

@@ -112,7 +112,7 @@ def test_a_model_that_is_not_there_or_another() -> None:
     assert problem.refuses
     other = {**(facts(2).sources or {}), "data.train": Source("/t", "33cc")}
     problem = only(spoil(healthy(), 2, sources=other))
-    assert problem.ranks == (2,)
+    assert problem.ranks == (2, 3)
     assert problem.found == "data.train of content 33cc"
     assert problem.wanted == "22bb as on 1 of 2"
 
@@ -173,7 +173,7 @@ def test_computing_mode_and_ecc_errors() -> None:
     alone = (Card("GPU-2", "Exclusive_Process", 0), Card("GPU-3", "Default", None))
     found = spoil(healthy(), 2, driver=Driver("570.1", alone, ()))
     problem = only(found)
-    assert (problem.ranks, problem.refuses) == ((2,), True)
+    assert (problem.ranks, problem.refuses) == ((2, 3), True)
     assert "Exclusive_Process" in problem.found
     found.needs = replace(NEEDS, shares_gpus=False)  # one process on each
     assert problems_of(found) == []
@@ -185,7 +185,7 @@ def test_computing_mode_and_ecc_errors() -> None:
 
 def test_host_memory() -> None:
     problem = only(spoil(healthy(), 2, memory=Memory(90 * GIB, 80 * GIB, GIB)))
-    assert (problem.ranks, problem.refuses) == ((2,), True)
+    assert (problem.ranks, problem.refuses) == ((2, 3), True)
     assert problem.found == "80.0 of 90.0 GiB of host memory free"
     assert problem.wanted.startswith("100.0 GiB")
     # enough in all, but taken now: somebody else's pages, or a file cache that yields
@@ -230,6 +230,9 @@ def test_ulimits_are_warnings() -> None:
 def test_probes_without_an_answer() -> None:
     found = spoil(healthy(), 2, sources=None, silent=("sources",))
     assert only(found).found == "no answer about model and data"
+    assert only(found).ranks == (2, 3)  # it was asked for its node
+    found = spoil(healthy(), 2, limits=None, silent=("limits",))
+    assert (only(found).found, only(found).ranks) == ("no answer about ulimits", (2,))
     found = spoil(healthy(), 2, sglang=None, failed={"sglang": "RuntimeError: no SGLang"})
     assert (only(found).found, only(found).refuses) == ("RuntimeError: no SGLang", True)
     found = spoil(healthy(), 2, driver=None, failed={"driver": "RuntimeError: no nvidia-smi"})
@@ -250,7 +253,7 @@ def test_a_run_without_a_plan_is_told_what_is_not_checked() -> None:
 
 def test_ports() -> None:
     problem = only(spoil(healthy(), 2, ports="after 3 of 8 free ports of 127.0.0.1: denied"))
-    assert problem.ranks == (2,)
+    assert problem.ranks == (2, 3)
     found = healthy()
     found.hub = {2: "no way to port 5 of gpu00, rank 0's node: timed out"}
     assert "firewall" in only(found).mend
@@ -261,15 +264,17 @@ def test_a_folder_that_is_not_shared(said: str | None, part: str) -> None:
     found = healthy()
     found.shared = {0: "", 2: said}
     problem = only(found)
-    assert (problem.ranks, problem.refuses) == ((2,), True)
+    assert (problem.ranks, problem.refuses) == ((2, 3), True)
     assert part in problem.found
     assert "run.folder" in problem.mend
 
 
 @pytest.mark.parametrize(
     ("offset", "error", "refuses"),
-    [(0.9, 0.0, None), (1.4, 0.5, None), (1.6, 0.5, False), (-1.6, 0.5, False)]
-    + [(60.4, 0.5, False), (61.0, 0.5, True), (-3600.0, 0.5, True)],
+    [
+        *[(0.9, 0.0, None), (1.4, 0.5, None), (1.6, 0.5, False), (-1.6, 0.5, False)],
+        *[(60.4, 0.5, False), (61.0, 0.5, True), (-3600.0, 0.5, True)],
+    ],
 )
 def test_clocks(offset: float, error: float, refuses: bool | None) -> None:
     found = healthy()
@@ -278,7 +283,7 @@ def test_clocks(offset: float, error: float, refuses: bool | None) -> None:
         assert problems_of(found) == []
         return
     problem = only(found)
-    assert (problem.ranks, problem.refuses) == ((2,), refuses)
+    assert (problem.ranks, problem.refuses) == ((2, 3), refuses)
     side = "ahead of" if offset > 0 else "behind"
     assert problem.found.startswith(f"a clock {abs(offset):.1f} s {side} rank 0's")
 
@@ -397,5 +402,5 @@ def test_the_same_problem_is_told_once_and_refusals_first() -> None:
         spoil(found, rank, limits=Limits(100, None, False))
     found.clocks = {2: Clock(100.0, 0.0)}
     problems = problems_of(found)
-    assert [(one.refuses, one.ranks) for one in problems] == [(True, (2,)), (False, (0, 1, 2, 3))]
+    assert [(one.refuses, one.ranks) for one in problems] == [(True, (2, 3)), (False, (0, 1, 2, 3))]
     assert where(problems[1].ranks, found.seats) == "all 2 nodes"

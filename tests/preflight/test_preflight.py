@@ -22,7 +22,8 @@ from launch import free_port, run_ranks  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 SPOILT = Path(__file__).parent / "spoilt_rank.py"
-LIMIT_S = 60  # of a preflight; the machine may be shared by others
+PATIENCE_S = 150  # of a preflight where nothing hangs: Python starts slowly on a busy machine
+LIMIT_S = 60  # of one where something does
 SLACK_S = 15  # for processes to be started, and reaped, on a busy machine
 RANKS = 4
 MODEL = {
@@ -47,10 +48,9 @@ class Outcome:
     output: str  # of rank 0 and of all others
     seconds: float
 
-    def problems(self) -> list[str]:
-        return [
-            line for line in self.output.splitlines() if line.startswith(("REFUSED", "warning"))
-        ]
+    def refusals(self) -> list[str]:
+        """Lines of them; there may be warnings of slow all-reduces on a busy machine."""
+        return [line for line in self.output.splitlines() if line.startswith("REFUSED")]
 
     def row(self, node: str) -> list[str]:
         """The cells of a node's line."""
@@ -65,7 +65,7 @@ class Job:
     folder: Path
 
     def arguments(self, *more: str) -> list[str]:
-        return ["preflight", str(self.folder / "run.toml"), f"--seconds={LIMIT_S}", *more]
+        return ["preflight", str(self.folder / "run.toml"), f"--seconds={PATIENCE_S}", *more]
 
     def start(self, rank: int, port: int, deed: str, *more: str) -> subprocess.Popen[str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
@@ -99,7 +99,7 @@ class Job:
             for rank in range(min(absent, RANKS))
         ]
         try:
-            outputs = [rank.communicate(timeout=LIMIT_S + 60)[0] for rank in ranks]
+            outputs = [rank.communicate(timeout=PATIENCE_S + 60)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -123,7 +123,7 @@ def job(tmp_path: Path) -> Job:
 def test_all_is_well(job: Job) -> None:
     found = job.run()
     assert found.codes == [0] * RANKS, found.output
-    assert found.problems() == []
+    assert found.refusals() == []
     for node, ranks in {"gpu00": "0–1", "gpu01": "2–3"}.items():
         row = found.row(node)
         assert row[1:4] == [ranks, "A", "CPU"]
@@ -134,81 +134,77 @@ def test_all_is_well(job: Job) -> None:
     assert abs(float(offset[1])) <= float(offset[2]) + 0.1
     assert "all-reduce of all ranks, gloo" in found.output
     assert found.output.count("[preflight]") == 1
-    assert found.output.rstrip().splitlines()[-1].startswith("[preflight] go: no problems")
+    assert found.output.rstrip().splitlines()[-1].startswith("[preflight] go: ")
     assert not (job.folder / "run").exists(), "what it made, it removes"
 
 
 def test_a_rank_that_does_not_come(job: Job) -> None:
-    found = job.run(absent=3)
+    found = job.run({}, f"--seconds={LIMIT_S}", absent=3)
     assert found.codes == [78] * 3, found.output
     assert found.seconds < LIMIT_S + SLACK_S
-    assert [line.partition(";")[0] for line in found.problems()] == [
-        "REFUSED  ranks 3: found did not come within 40 s"
+    assert [line.partition(";")[0] for line in found.refusals()] == [
+        "REFUSED  rank 3: found did not come within 40 s"
     ]
     assert found.row("gpu00")[1] == "0–1"
 
 
-def test_three_nodes_problems_at_once(job: Job) -> None:
-    """Another version on a rank, a full disk and a clock that is ahead on another."""
-    found = job.run({1: "version", 2: "disk", 3: "none"})
+def test_all_problems_are_told_at_once(job: Job) -> None:
+    """Another version on a rank; on a node a full disk, a clock ahead, and a /tmp of its own."""
+    found = job.run({1: "version", 2: "disk+clock+blind"})
     assert found.codes == [78] * RANKS, found.output
-    problems = found.problems()
-    assert any(
-        "rank 1 on gpu00: found numpy numpy-of-this-node; wanted" in line and "as on 3 of 4" in line
-        for line in problems
-    )
-    full = next(line for line in problems if "run.folder" in line)
-    assert full.startswith("REFUSED  rank 2 on gpu01: found 0.0 GiB free below run.folder; wanted")
+    refusals = found.refusals()
+    other = [line for line in refusals if line.startswith("REFUSED  rank 1 on gpu00: found numpy ")]
+    assert "found numpy numpy-of-this-node; wanted" in other[0]
+    assert "as on 3 of 4" in other[0]
+    of_node = [line for line in refusals if line.startswith("REFUSED  gpu01: ")]
+    full = next(line for line in of_node if "below run.folder" in line)
+    assert "found 0.0 GiB free" in full
     assert "checkpoint.keep" in full
+    assert any("found a clock 120.0 s ahead of rank 0's" in line for line in of_node)
+    private = next(line for line in of_node if "is another folder" in line)
+    assert "a file that rank 0 wrote is not seen in it" in private
+    assert "run.folder: an absolute path on a shared file system" in private
     assert found.row("gpu00")[2] == "AB"
+    assert "NO" in found.row("gpu01")
+    assert len(of_node) == 3
 
 
-def test_a_clock_that_is_ahead(job: Job) -> None:
-    found = job.run({2: "clock"})
-    assert found.codes == [78] * RANKS, found.output
-    assert len(found.problems()) == 1
-    assert "rank 2 on gpu01: found a clock 120.0 s ahead of rank 0's" in found.problems()[0]
-
-
+@pytest.mark.slow
 def test_warn_only_says_the_same_and_goes_on(job: Job) -> None:
     found = job.run({2: "clock"}, "--warn-only")
     assert found.codes == [0] * RANKS, found.output
-    assert found.problems()[0].startswith("REFUSED")
+    assert [line.partition(" s ")[0] for line in found.refusals()] == [
+        "REFUSED  gpu01: found a clock 120.0"
+    ]
     assert "[preflight] go, as was asked for: 1 refusals" in found.output
 
 
 def test_an_all_reduce_that_hangs_is_named_in_time(job: Job) -> None:
-    found = job.run({3: "sleep"})
+    found = job.run({3: "sleep"}, f"--seconds={LIMIT_S}")
     assert found.codes == [78] * RANKS, found.output
     assert found.seconds < LIMIT_S + SLACK_S
-    assert len(found.problems()) == 1
-    named = found.problems()[0]
+    assert len(found.refusals()) == 1
+    named = found.refusals()[0]
     assert named.startswith("REFUSED  ")
     assert "the all-reduce of all ranks by gloo" in named
 
 
+@pytest.mark.slow
 def test_a_probe_that_hangs_is_named_in_time(job: Job) -> None:
-    found = job.run({2: "probe"})
+    found = job.run({2: "probe"}, f"--seconds={LIMIT_S}")
     assert found.codes == [78] * RANKS, found.output
     assert found.seconds < LIMIT_S + SLACK_S
-    assert [line.partition(";")[0] for line in found.problems()] == [
-        "REFUSED  rank 2 on gpu01: found no answer about model and data"
+    assert [line.partition(";")[0] for line in found.refusals()] == [
+        "REFUSED  gpu01: found no answer about model and data"
     ]
 
 
-def test_a_folder_that_only_looks_shared(job: Job) -> None:
-    found = job.run({2: "blind"})
-    assert found.codes == [78] * RANKS, found.output
-    assert found.row("gpu01")[7] == "NO"
-    assert "is another folder: a file that rank 0 wrote is not seen" in found.problems()[0]
-    assert "run.folder: an absolute path on a shared file system" in found.problems()[0]
-
-
+@pytest.mark.slow
 def test_a_folder_that_nobody_can_write_to(job: Job) -> None:
     (job.folder / "file").touch()
     found = job.run({}, f"--run.folder={job.folder}/file/run")
     assert found.codes == [78] * RANKS, found.output
-    assert "Not a directory" in found.problems()[0]
+    assert "Not a directory" in found.refusals()[0]
 
 
 def test_a_port_in_use(job: Job) -> None:
@@ -227,6 +223,7 @@ def test_a_bad_configuration_is_told_by_rank_0_alone(job: Job) -> None:
     assert "[preflight]" not in found.output
 
 
+@pytest.mark.slow
 def test_a_rank_with_other_knobs(job: Job) -> None:
     """Its copy of run.toml is older, say."""
     port = free_port()
@@ -234,7 +231,7 @@ def test_a_rank_with_other_knobs(job: Job) -> None:
         job.start(rank, port, "none", *(["--run.seed=1"] if rank == 2 else []))
         for rank in range(RANKS)
     ]
-    outputs = [rank.communicate(timeout=LIMIT_S + 60)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE_S + 60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [78] * RANKS
     assert "REFUSED  rank 2 on gpu01: found configuration" in outputs[0]
 
@@ -247,10 +244,11 @@ def test_a_signal_ends_it_as_it_ends_a_run_before_its_first_step(job: Job) -> No
     assert rank.returncode == 75
 
 
+@pytest.mark.slow
 def test_under_torchrun(job: Job) -> None:
     output = run_ranks("megatron_prime", 2, job.arguments())
     assert f"{socket.gethostname()}  0–1" in re.sub(r" +0–1", "  0–1", output)
-    assert "[preflight] go: no problems" in output
+    assert "[preflight] go: " in output
 
 
 def test_alone(job: Job) -> None:
@@ -261,7 +259,7 @@ def test_alone(job: Job) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S + 60,
+        timeout=PATIENCE_S + 60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[preflight] go: no problems" in done.stdout
