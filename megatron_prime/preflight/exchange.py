@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megatron_prime.runtime.rendezvous import Rendezvous
 
 POLL_S = 0.05
+SHORTEST_S = 0.01  # torch takes 0 ms for ever
 ANSWER_S = 20.0  # for the store's server to answer one request
 
 
@@ -48,7 +49,7 @@ class Board:
         """`read` without the delay of looking now and then; occupies the store meanwhile."""
         while (left := until - time.monotonic()) > 0:
             try:
-                self.store.wait([key], timedelta(seconds=min(left, 1.0)))
+                self.store.wait([key], timedelta(seconds=max(SHORTEST_S, min(left, 1.0))))
             except dist.DistStoreError:  # not yet
                 continue
             return self.store.get(key).decode()

@@ -19,7 +19,7 @@ from megatron_prime.preflight.needs import checkpoint_bytes, checkpoints_to_come
 
 def tiny_parameters() -> int:
     """Of the tiny model: embedding, output layer, and per layer attention, feed-forward, norms."""
-    h, f, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], 384  # padded to 128
+    h, f, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], 304  # 301, padded to 8
     head = h // TINY["num_attention_heads"]
     kv = TINY["num_key_value_heads"] * head
     layer = h * (h + 2 * kv) + (h + 2 * kv) + h * h + 3 * h * f + 2 * h
