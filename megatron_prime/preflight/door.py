@@ -12,9 +12,11 @@ and a timer of the kernel's ends a process whose Python has stopped.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from pathlib import Path
 
-import psutil
 import torch.distributed as dist
 
 from megatron_prime.config import RunConfig
@@ -34,10 +36,8 @@ def preflight(
     config: RunConfig, config_problem: str, here: Rendezvous, node: str, options: Options
 ) -> int:
     """This rank's part; the exit code. `node`: the name of this one, `config_problem`: why not."""
-    process = psutil.Process()
-    seat = Seat(here.rank, here.local_rank, node, process.pid)
-    age = max(0.0, time.time() - process.create_time())  # Python's own start counts
-    times = Times.of(time.monotonic() - age, options.seconds)
+    seat = Seat(here.rank, here.local_rank, node, os.getpid())
+    times = Times.of(time.monotonic() - process_age(), options.seconds)
     refused = 0 if options.warn_only else REFUSED
     last_resort = ExitTimer(refused)
     last_resort.set(times.end + LAST_S - time.monotonic())
@@ -57,6 +57,18 @@ def preflight(
         if seat.leads:
             print(f"[preflight] {seat}: rank 0 ended before it gave a verdict", flush=True)
         return refused
+
+
+def process_age() -> float:
+    """Seconds since this process was started, of which Python's own start takes some (Linux).
+
+    Counted since the machine's start, so that a clock that was set right meanwhile does not matter.
+    """
+    if sys.platform != "linux":
+        return 0.0
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def _not_met(here: Rendezvous, seat: Seat, error: str) -> str:

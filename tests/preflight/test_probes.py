@@ -192,3 +192,17 @@ def test_ranges(numbers: list[int], text: str) -> None:
 
 def test_nodes_stand_in_the_order_of_their_ranks() -> None:
     assert nodes_of({rank: seat(rank) for rank in (3, 2, 0)}) == {"gpu00": [0], "gpu01": [2, 3]}
+
+
+def test_the_age_of_a_process_counts_its_start() -> None:
+    program = (
+        "import time; began = time.monotonic(); time.sleep(1.5)\n"
+        "from megatron_prime.preflight.door import process_age\n"
+        "print(process_age(), time.monotonic() - began)\n"
+    )
+    began = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    whole = time.monotonic() - began
+    age, since = map(float, said.stdout.split())
+    assert 1.5 < since <= age + 0.02  # clock ticks are 10 ms
+    assert age <= whole + 0.02
