@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron_prime.config import RunConfig
     from megatron_prime.runtime.rendezvous import Rendezvous
 
+REFUSED = 78  # of a preflight: sysexits' EX_CONFIG, something is not set up as it should be
+LAST_S = 1.0  # after a preflight's end, for what Python can't end
 COMMANDS = {
     "preflight": "look whether the nodes can run RUN.toml: a table, and what is wrong, within 60 s",
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
@@ -59,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _preflight(path: Path, config: RunConfig, here: Rendezvous, given: argparse.Namespace) -> int:
     """Look at the nodes, for `train`; a rank that can't run says so at the meeting, too."""
     from megatron_prime.config import ConfigError
+    from megatron_prime.runtime.exit_timer import ExitTimer, process_age
+
+    last_resort = ExitTimer(0 if given.warn_only else REFUSED)  # imports may hang, too
+    last_resort.set(max(LAST_S, given.seconds + LAST_S - process_age()))
     from megatron_prime.preflight.door import preflight
     from megatron_prime.preflight.steps import Options
     from megatron_prime.runtime.parent import die_with
@@ -77,7 +83,7 @@ def _preflight(path: Path, config: RunConfig, here: Rendezvous, given: argparse.
             print(f"{path} can't run:\n{error}", file=sys.stderr)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    options = Options(given.seconds, given.warn_only, serves_store=not agents)
+    options = Options(given.seconds, 0 if given.warn_only else REFUSED, serves_store=not agents)
     return preflight(config, problem, here, node, options)
 
 

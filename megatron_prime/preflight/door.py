@@ -13,9 +13,7 @@ and a timer of the kernel's ends a process whose Python has stopped.
 from __future__ import annotations
 
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -25,11 +23,9 @@ from megatron_prime.preflight.facts import Seat
 from megatron_prime.preflight.guest import be_guest
 from megatron_prime.preflight.host import be_host
 from megatron_prime.preflight.probes import Probes, probes_of
-from megatron_prime.preflight.steps import REFUSED, Options, Times
-from megatron_prime.runtime.deadline import ExitTimer
+from megatron_prime.preflight.steps import Options, Times
+from megatron_prime.runtime.exit_timer import process_age
 from megatron_prime.runtime.rendezvous import Rendezvous
-
-LAST_S = 1.0  # after the end, for what Python can't end
 
 
 def preflight(
@@ -38,9 +34,7 @@ def preflight(
     """This rank's part; the exit code. `node`: the name of this one, `config_problem`: why not."""
     seat = Seat(here.rank, here.local_rank, node, os.getpid())
     times = Times.of(time.monotonic() - process_age(), options.seconds)
-    refused = 0 if options.warn_only else REFUSED
-    last_resort = ExitTimer(refused)
-    last_resort.set(times.end + LAST_S - time.monotonic())
+    refused = options.refused
     probes = Probes(seat, config_problem, probes_of(config, seat, here.local_world_size))
     try:
         serves = here.rank == 0 and options.serves_store
@@ -57,18 +51,6 @@ def preflight(
         if seat.leads:
             print(f"[preflight] {seat}: rank 0 ended before it gave a verdict", flush=True)
         return refused
-
-
-def process_age() -> float:
-    """Seconds since this process was started, of which Python's own start takes some (Linux).
-
-    Counted since the machine's start, so that a clock that was set right meanwhile does not matter.
-    """
-    if sys.platform != "linux":
-        return 0.0
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def _not_met(here: Rendezvous, seat: Seat, error: str) -> str:

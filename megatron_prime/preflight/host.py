@@ -51,7 +51,7 @@ def be_host(
     _reduce(here, board, times, found)
     problems = problems_of(found)
     refusals = [one for one in problems if one.refuses]
-    code = steps.REFUSED if refusals and not options.warn_only else 0
+    code = options.refused if refusals else 0
     print(report(found, problems, time.monotonic() - start, code), flush=True)
     board.pin("verdict", str(code))
     _wait_for_byes(board, [rank for rank in found.seats if rank], times)

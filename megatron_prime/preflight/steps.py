@@ -17,7 +17,6 @@ from megatron_prime.preflight.facts import FACTS, REDUCED, SEAT, Reduced, Seat
 from megatron_prime.preflight.probes import Probes
 from megatron_prime.runtime.rendezvous import Rendezvous
 
-REFUSED = 78  # sysexits' EX_CONFIG: something is not set up as it should be
 # Of all seconds: until then ranks come, probes answer, nodes answer, all-reduces end, all ends.
 TIMETABLE = (2 / 3, 0.72, 0.8, 0.92, 1.0)
 T = TypeVar("T")
@@ -28,7 +27,7 @@ class Options:
     """Of the command line, and what the launcher decides."""
 
     seconds: float = 60.0
-    warn_only: bool = False
+    refused: int = 78  # exit code of a refusal; 0: it is said, and that is all
     serves_store: bool = True  # rank 0 does; under torchrun its agent
 
 

@@ -237,8 +237,13 @@ def test_a_rank_with_other_knobs(job: Job) -> None:
 
 
 def test_a_signal_ends_it_as_it_ends_a_run_before_its_first_step(job: Job) -> None:
-    rank = job.start(0, free_port(), "none")  # it waits for the others
-    time.sleep(10)
+    port = free_port()
+    rank = job.start(0, port, "none")
+    until = time.monotonic() + PATIENCE_S
+    with socket.socket() as caller:
+        while caller.connect_ex(("127.0.0.1", port)):  # then it waits for the others
+            assert time.monotonic() < until
+            time.sleep(0.1)
     rank.send_signal(signal.SIGUSR1)
     rank.communicate(timeout=30)
     assert rank.returncode == 75

@@ -197,7 +197,7 @@ def test_nodes_stand_in_the_order_of_their_ranks() -> None:
 def test_the_age_of_a_process_counts_its_start() -> None:
     program = (
         "import time; began = time.monotonic(); time.sleep(1.5)\n"
-        "from megatron_prime.preflight.door import process_age\n"
+        "from megatron_prime.runtime.exit_timer import process_age\n"
         "print(process_age(), time.monotonic() - began)\n"
     )
     began = time.monotonic()
