@@ -24,7 +24,8 @@ from megatron_prime.verify.walls import Isolation, SandboxUnavailable
 START_S = 120.0  # a cold shared file system can take long over the imports
 END_S = 5.0  # from the kill to the report; a process with much memory is not gone at once
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-COMMAND = [sys.executable, "-S", "-P", "-B", "-X", "utf8", str(Path(__file__).with_name("zygote.py"))]
+ZYGOTE = Path(__file__).with_name("zygote.py")
+COMMAND = [sys.executable, "-S", "-P", "-B", "-X", "utf8", str(ZYGOTE)]
 
 
 class ServerLost(Exception):

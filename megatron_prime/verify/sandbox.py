@@ -46,9 +46,7 @@ class Sandbox:
             self._server = server
         return self._server
 
-    def run(
-        self, program: Program, stdin: bytes, seconds: float, more_output: int = 0
-    ) -> Outcome:
+    def run(self, program: Program, stdin: bytes, seconds: float, more_output: int = 0) -> Outcome:
         """Run one program for at most `seconds`; it may write OUTPUT + `more_output` bytes.
 
         Raises SandboxUnavailable, when the program has not run or its end isn't known.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -37,13 +38,13 @@ encodings.utf_32 enum errno fnmatch fractions functools getpass glob graphlib ha
 html inspect io itertools json keyword linecache locale logging math numbers operator os pathlib
 pickle platform pprint queue random re reprlib resource sched secrets select shlex shutil signal
 stat statistics string struct sys tempfile textwrap threading time timeit tokenize traceback types
-typing unicodedata uuid warnings weakref zlib""".split()
-NUMPY = """numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random""".split()
+typing unicodedata uuid warnings weakref zlib"""
+NUMPY = """numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random"""
 
 # What the released verifier puts before every program: models forget imports, and learn to.
 STARRED = """string re datetime collections heapq bisect copy math random statistics itertools
-functools operator typing""".split()
-PLAIN = [*STARRED[:-1], "io", "sys", "json"]
+functools operator typing"""
+NAMED = f"{STARRED} io sys json"
 RECURSION_LIMIT = 600_000
 
 MAX_THREADS = 64
@@ -96,19 +97,19 @@ def main(settings: dict[str, Any]) -> None:
 
 def _warm_up(numpy_from: str | None) -> dict[str, Any]:
     """Import what programs use; the names that they get without asking."""
-    for name in PRELOADED:
+    for name in PRELOADED.split():
         importlib.import_module(name)
     if numpy_from is not None:
         sys.path.append(numpy_from)
-        for name in NUMPY:
+        for name in NUMPY.split():
             importlib.import_module(name)
         sys.path.remove(numpy_from)
     prelude: dict[str, Any] = {}
-    for name in STARRED:
+    for name in STARRED.split():
         module = importlib.import_module(name)
         public = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
         prelude.update({n: getattr(module, n) for n in public if not hasattr(builtins, n)})
-    prelude.update({name: sys.modules[name] for name in PLAIN})
+    prelude.update({name: sys.modules[name] for name in NAMED.split()})
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` would, which was left out
     sys.argv = ["program.py"]
     sys.setrecursionlimit(RECURSION_LIMIT)
@@ -147,10 +148,8 @@ def _watch(child: int, run: int, channel: socket.socket, woken: int) -> dict[str
             os.kill(child, signal.SIGKILL)
         if woken in ready:
             os.read(woken, 1000)
-    try:
-        os.killpg(child, signal.SIGKILL)  # what it left behind, where there is no sandbox
-    except OSError:  # it left nothing
-        pass
+    with contextlib.suppress(OSError):  # it left nothing behind; without walls it might
+        os.killpg(child, signal.SIGKILL)
     _, status, _ = os.wait4(child, 0)
     return {"status": os.waitstatus_to_exitcode(status), "crowded": crowded}
 
@@ -263,7 +262,14 @@ def _called(module: types.ModuleType, order: dict[str, Any]) -> Any:
     function = getattr(owner() if isinstance(owner, type) else module, order["name"], None)
     if function is None:
         function = getattr(module, order["name"])
-    return function(*json.loads(order["arguments"]))
+    return function(*map(_with_integer_keys, json.loads(order["arguments"])))
+
+
+def _with_integer_keys(argument: Any) -> Any:
+    """JSON made strings of the keys; the released verifier takes that back, and so must we."""
+    if isinstance(argument, dict) and all(key.lstrip("-").isdecimal() for key in argument):
+        return {int(key): value for key, value in argument.items()}
+    return argument
 
 
 def _plain(value: Any) -> Any:
