@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ def build(isolation: Isolation) -> tuple[dict[str, Any], int | None]:
 
 
 def _rules(numpy: Path | None) -> int:
-    library = Path(sysconfig.get_path("stdlib"))
+    library = Path(os.__file__).parent
     readable = [p for p in library.iterdir() if p.name not in ("site-packages", "dist-packages")]
     readable += [Path("/dev/null"), Path("/dev/zero"), Path("/dev/urandom")]
     if numpy is not None:

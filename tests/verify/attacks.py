@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - lines of programs
 """Programs that want out of the sandbox, or a reward they have not earned; and who tries them.
 
 Each is graded against one test whose right output is SECRET. An attack on the walls prints it if it
@@ -383,12 +384,8 @@ def left_behind(parent: int) -> list[int]:
     return found
 
 
-def main(kind: str, user: int, which: str) -> None:
-    """Try `which` ("walls" or "all") as `user`; `kind` "seccomp": as if there were no Landlock."""
-    if user:
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+def main(kind: str, which: str) -> None:
+    """Try `which` ("walls" or "all"); with the `kind` "seccomp" as if there were no Landlock."""
     grader = CodeGrader(limits(Isolation(memory_mib=256, landlock=kind == "landlock")))
     for attack in WALL_ATTACKS + CALL_ATTACKS if which == "walls" else ATTACKS:
         score = attack.graded_by(grader)
@@ -401,4 +398,4 @@ def main(kind: str, user: int, which: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2])

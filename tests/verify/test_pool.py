@@ -223,7 +223,9 @@ def test_an_exception_of_the_generator_passes_and_the_pool_stays_usable(fake_wor
 def test_an_ability_without_a_checker_is_refused(fake_worker):
     with (
         VerifierPool(1, 20.0, fake_worker()) as pool,
-        pytest.raises(ValueError, match=r"prompt 7 of test: found ability 'poetry'.*\(math, code\)"),
+        pytest.raises(
+            ValueError, match=r"prompt 7 of test: found ability 'poetry'.*\(math, code\)"
+        ),
     ):
         pool.verify([group("say yes", number=7, ability="poetry")])
 
