@@ -48,7 +48,10 @@ NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 def as_nobody():
     """The start of a command that runs a Python as nobody, or skip."""
-    check = "import sys; sys.exit(sys.version_info < (3, 11))"
+    check = (
+        "import subprocess, sys;"
+        "sys.exit(sys.version_info < (3, 11) or subprocess.call([sys.executable, '-S', '-c', '']))"
+    )
     for python in (sys.executable, "/usr/bin/python3"):
         command = [*NOBODY, python, "-S"]
         try:
@@ -85,8 +88,8 @@ def test_they_are_held_for_every_user_and_without_landlock(user, kind, which):
 OPEN_DOORS = [
     "read a file", "read a file through libc", "list a folder", "make a socket",
     "make a Unix socket", "fork", "run a program", "become a program", "make a file in memory",
-    "read its map", "change folder", "call ptrace", "call io_uring_setup", "call eventfd2",
-    "call pidfd_open", "call shmget",
+    "read its map", "change folder", "call process_vm_readv", "call io_uring_setup",
+    "call eventfd2", "call pidfd_open", "call shmget",
 ]  # fmt: skip
 
 
