@@ -165,12 +165,12 @@ def _threads(child: int) -> int:
 def _be_the_program(
     descriptors: list[int], seconds: float, settings: dict[str, Any], prelude: dict[str, Any]
 ) -> NoReturn:
-    request, stdin, stdout, result = descriptors
     try:
+        _place([*descriptors, settings["rules"]])
         try:
-            _confine(request, stdin, stdout, result, seconds, settings)
+            _confine(seconds, settings)
         except BaseException as error:
-            os.write(result, f"-{error}".encode())
+            os.write(4, f"-{error}".encode())
             os._exit(1)
         os.write(4, b"+")
         length = os.fstat(3).st_size
@@ -181,25 +181,27 @@ def _be_the_program(
         os._exit(1)
 
 
-def _confine(
-    request: int, stdin: int, stdout: int, result: int, seconds: float, settings: dict[str, Any]
-) -> None:
-    """Everything the docstring above lists. Afterwards 3 is the request, 4 the result."""
+def _place(descriptors: list[int | None]) -> None:
+    """Stdin and stdout where programs look; 3 is the request, 4 the result, 5 Landlock's rules."""
+    high = 100  # beyond what is open
+    for number, descriptor in enumerate(descriptors):
+        if descriptor is not None:
+            os.dup2(descriptor, high + number)
+    os.dup2(1, 2)  # /dev/null: nobody reads what programs say there
+    for number, place in enumerate((3, 0, 1, 4, 5)):
+        if descriptors[number] is not None:
+            os.dup2(high + number, place)
+    os.closerange(5 if descriptors[4] is None else 6, high + len(descriptors))
+
+
+def _confine(seconds: float, settings: dict[str, Any]) -> None:
+    """Everything the docstring above lists."""
     _call("prctl", _LIBC.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != settings["zygote"]:
         raise OSError("the zygote is gone")
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    rules, high = settings["rules"], 100
-    for number, descriptor in enumerate((request, stdin, stdout, result, rules)):
-        if descriptor is not None:
-            os.dup2(descriptor, high + number)
-    os.dup2(1, 2)  # /dev/null: nobody reads what programs say there
-    for low, number in ((3, 0), (0, 1), (1, 2), (4, 3), (5, 4)):
-        if rules is not None or low != 5:
-            os.dup2(high + number, low)
-    os.closerange(5 if rules is None else 6, high + 5)
     cpu_s = int(seconds) + 2
     for what, limit in (
         (resource.RLIMIT_AS, settings["memory"]),
@@ -219,7 +221,7 @@ def _confine(
         return
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3
     _call("capset", _LIBC.syscall, _CAPSET[platform.machine()], header, none)
-    if rules is not None:
+    if settings["rules"] is not None:
         _call("landlock_restrict_self", _LIBC.syscall, _LANDLOCK_RESTRICT_SELF, 5, 0)
         os.close(5)
     code = ctypes.create_string_buffer(bytes.fromhex(settings["filter"]))

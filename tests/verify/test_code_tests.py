@@ -251,8 +251,9 @@ def f(x):
 @pytest.mark.skipif(not MBPP.exists(), reason=f"no {MBPP}")
 def test_reference_solutions_of_mbpp_pass_and_spoilt_ones_do_not():
     """Each assert is a test: a script that ends without an error and says so has passed it."""
-    grader = CodeGrader(CodeLimits(test_s=30.0))  # one of them needs seconds
+    grader = CodeGrader(CodeLimits(test_s=30.0))
     rows = [json.loads(line) for line in MBPP.read_text().splitlines()]
+    rows = [row for row in rows if row["task_id"] != 123]  # it counts divisors for 13 s
     failed, passed = [], []
     for row in rows:
         checks = [f"{line}\nprint('passed')" for line in row["test_list"]]
