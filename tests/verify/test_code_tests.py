@@ -251,7 +251,7 @@ def f(x):
 @pytest.mark.skipif(not MBPP.exists(), reason=f"no {MBPP}")
 def test_reference_solutions_of_mbpp_pass_and_spoilt_ones_do_not():
     """Each assert is a test: a script that ends without an error and says so has passed it."""
-    grader = CodeGrader(CodeLimits(test_s=30.0))
+    grader = CodeGrader(CodeLimits(test_s=10.0))
     rows = [json.loads(line) for line in MBPP.read_text().splitlines()]
     rows = [row for row in rows if row["task_id"] != 123]  # it counts divisors for 13 s
     failed, passed = [], []
@@ -262,7 +262,7 @@ def test_reference_solutions_of_mbpp_pass_and_spoilt_ones_do_not():
         tests = truth(checks, ["passed"] * len(checks))
         if grader.grade(answer(f"{imports}\n{row['code']}\n{runner}"), tests) != 1.0:
             failed.append(row["task_id"])
-        spoilt = f"{imports}\n{row['code']}\n".replace("return", "return None and")
+        spoilt = f"{imports}\n{row['code']}\n".replace("return", "return 0 / 0,")
         if grader.grade(answer(spoilt + runner), tests) == 1.0:
             passed.append(row["task_id"])
     grader.close()
