@@ -40,9 +40,7 @@ def test_mathematics_and_programs_are_both_welcome(read):
 
 
 def test_tests_that_can_not_be_read_stop_the_start(read):
-    with pytest.raises(
-        DataError, match=r"malformed tests:\n  row 1 \(x\): .*at least one"
-    ):
+    with pytest.raises(DataError, match=r"malformed tests:\n  row 1 \(x\): .*at least one"):
         read(("code", TESTS), ("code", '{"inputs": [], "outputs": []}'))
 
 
