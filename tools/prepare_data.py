@@ -62,7 +62,7 @@ def _task(known: argparse.Namespace, grade: PoolGrader) -> Task:
         formats=RL_FORMATS if known.kind == "rl" else SFT_FORMATS,
         screen=screen,
         finish=finish,
-        evaluation=Evaluation(known.eval, known.overlap),
+        evaluation=Evaluation(known.eval, known.overlap, known.overlap_share),
         format=known.format,
         suffix=known.suffix,
         near_duplicates=known.near_duplicates,
@@ -121,6 +121,7 @@ def _common(add: Any, formats: list[str], tokens: int, limit: str) -> None:
     add("--max-tokens", type=int, default=tokens, help=f"as {limit} (default: {tokens})")
     add("--eval", type=Path, action="append", default=[], help="evaluation file to keep out")
     add("--overlap", type=int, default=13, help="words in a row that contaminate (default: 13)")
+    add("--overlap-share", type=_share, default=0.25, help="of the runs of an evaluation problem")
     add("--near-duplicates", action=argparse.BooleanOptionalAction, default=True)
     add("--malformed", choices=("error", "drop"), default="error", help="default: error, of all")
     add("--validation", type=_share, default=0.0, help="share that goes to a validation file")

@@ -27,7 +27,8 @@ _STYLES = [
 _SPEAKS_OF_OPTIONS = re.compile(
     r"\bfollowing\b|\bstatements?\b|\boptions?\b|\bchoices?\b|\bchoose\b|\bwhich\b|\bclosest\b"
     r"|\bbest (?:approximat|estimat|describ)|\b(?:could|may|might|cannot|can not|must) be\b"
-    r"|\bexcept\b|\bcan be\b|\bpossible value\b|\bone of\b|\bapproximately\b|\bnearest\b|\btrue\b|\bcorrect\b",
+    r"|\bexcept\b|\bcan be\b|\bpossible value\b|\bone of\b|\bapproximately\b|\bnearest\b"
+    r"|\btrue\b|\bcorrect\b",
     re.IGNORECASE,
 )
 _EDGES = re.compile(

@@ -47,15 +47,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise OutputError(f"found {folder}, wanted a new folder; give another --out or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.parent / f".{folder.name}.preparing"
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"found another process that writes {folder}; wait for it, or give another --out"
-            ) from error
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    work.mkdir(exist_ok=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        _claim(lock, work, folder)
+        for left in work.iterdir():  # by a command that was killed
+            left.unlink()
         try:
             yield work
             _sync(work)
@@ -64,8 +61,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _claim(lock: int, work: Path, folder: Path) -> None:
+    """Lock the folder `work`, which must still be the one that `lock` has open."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claimed = work.exists() and os.path.samestat(os.fstat(lock), work.stat())
+    except BlockingIOError:  # told as what it means
+        claimed = False
+    if not claimed:
+        raise OutputError(
+            f"found another process that writes {folder}; wait for it, or give another --out"
+        )
 
 
 def open_rows(path: Path) -> RowFile:

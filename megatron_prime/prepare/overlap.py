@@ -1,10 +1,13 @@
 """Decontamination: what shares its words with an evaluation problem is not trained on.
 
-An item is contaminated if 13 words in a row (GPT-3's length, arXiv 2005.14165, appendix C) also
-stand in an evaluation problem. Problems of 8 to 12 words count as one such run; shorter ones only
-if they are the item's whole text. Phrases that belong to no problem ("where m and n are relatively
-prime positive integers, find m plus n") would condemn every contest problem: a run found in three
-or more different evaluation problems is a phrase, and ignored.
+What is compared are runs of 13 words (GPT-3's length, arXiv 2005.14165, appendix C). An item is
+contaminated if it has a quarter of the runs of an evaluation problem. A problem of 8 to 12 words
+is one run; a shorter one must be the item's whole text.
+
+A single common run would condemn every contest problem for a phrase that belongs to none ("where m
+and n are relatively prime positive integers, find m plus n"). That is why it takes a quarter, which
+a copy with a few changed words still has; and a run found in three or more different evaluation
+problems is ignored.
 
 In memory: 12 bytes for each run of words of the evaluation files, whatever is prepared.
 """
@@ -33,9 +36,12 @@ Keys = NDArray[np.uint64]
 class Evaluation:
     """The problems of the evaluation files, to be held against items."""
 
-    def __init__(self, paths: Sequence[Path], length: int = 13) -> None:
-        """`length`: words of a run. Raises DataError for files without readable problems."""
-        self._length = length
+    def __init__(self, paths: Sequence[Path], length: int = 13, share: float = 0.25) -> None:
+        """`length`: words of a run; `share`: of a problem's runs, 0 for any single one.
+
+        Raises DataError for files without readable problems.
+        """
+        self._length, self._share = length, share
         self._places: list[str] = []
         self._whole: dict[int, int] = {}  # key of the words → problem
         self.problems = {path.name: 0 for path in paths}  # how many each file has
@@ -49,6 +55,9 @@ class Evaluation:
         self.phrases = 0  # runs that were ignored
         indices = {size: self._index(found) for size, found in sorted(runs.items())}
         self._runs = {size: index for size, index in indices.items() if len(index[0])}
+        self._sizes = np.zeros(len(self._places), np.int64)  # runs of each problem
+        for _, owners in self._runs.values():
+            self._sizes += np.bincount(owners, minlength=len(self._places))
 
     def check(self, item: Item) -> Item | Dropped:
         """The item, or the evaluation problem that it contains, and the words they share."""
@@ -60,14 +69,20 @@ class Evaluation:
             return self._found(item, problem, "the whole text")
         keys = np.array([_word_key(word) for word in spoken], np.uint64)
         for size, (known, owners) in self._runs.items():
-            grams = run_keys(keys, size)
+            grams, where = np.unique(run_keys(keys, size), return_index=True)
             slots = np.searchsorted(known, grams)
             slots[slots == len(known)] = 0
-            hits = np.flatnonzero(known[slots] == grams)
-            if len(hits):
-                first = int(hits[0])
+            hits = known[slots] == grams
+            if not hits.any():
+                continue
+            problems, counts = np.unique(owners[slots[hits]], return_counts=True)
+            shares = counts / self._sizes[problems]
+            best = int(np.argmax(shares))
+            if shares[best] >= self._share:
+                mine = hits & (owners[slots] == problems[best])
+                first = int(where[mine].min())
                 shared = " ".join(spoken[first : first + size])
-                return self._found(item, int(owners[slots[first]]), f"“{shared}”")
+                return self._found(item, int(problems[best]), f"{shares[best]:.0%}, as “{shared}”")
         return item
 
     def _found(self, item: Item, problem: int, shared: str) -> Dropped:

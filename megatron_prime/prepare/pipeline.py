@@ -120,9 +120,7 @@ def _read(task: Task, parsers: Mapping[Path, Parser], report: Report) -> Iterato
             raise DataError(f"{error}\nmend them, or drop and count them with --malformed drop")
 
 
-def _finish(
-    task: Task, seen: Seen, found: Item | Dropped
-) -> tuple[Item, str, Row] | Dropped:
+def _finish(task: Task, seen: Seen, found: Item | Dropped) -> tuple[Item, str, Row] | Dropped:
     """The split and row of an item that is clean, short enough and new."""
     if isinstance(found, Item):
         found = task.evaluation.check(found)
