@@ -10,10 +10,11 @@ total: the fine-tuned model knows every step and gets few chains right, and that
 DIR gets train.jsonl and test.jsonl (fields of Eurus-2-RL-Data), sft.jsonl (chat messages), no
 problem in two of them, and model/: a small Qwen2's config.json and a tokenizer of characters.
 
-Other `--skills` are mixed in equal shares: linear equations, modular arithmetic, programs with tests
-(`megatron_prime/prepare/skills.py`). `--difficulty` 2, 3, … asks for more terms, larger numbers, more
-steps. Their prompts are longer and use more characters, so model/ gets a larger vocabulary, and a run
-wants larger data.max_prompt_length, rollout.max_response_length and sft.max_length.
+Other `--skills` are mixed in equal shares: linear equations, modular arithmetic, programs with
+tests (`megatron_prime/prepare/skills.py`). `--difficulty` 2, 3, … asks for more terms, larger
+numbers, more steps. Their prompts are longer and use more characters, so model/ gets a larger
+vocabulary, and a run wants larger data.max_prompt_length, rollout.max_response_length and
+sft.max_length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small programming problems: a line of integers through a few operations, and what to print.
 
-Each operation is a sentence, a function and a line of Python. The tests come from the functions; the
-worked program consists of the lines, of which a sloppy writer leaves some out.
+Each operation is a sentence, a function and a line of Python. The tests come from the functions;
+the worked program consists of the lines, of which a sloppy writer leaves some out.
 """
 
 from __future__ import annotations

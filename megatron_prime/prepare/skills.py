@@ -42,7 +42,7 @@ def linear(rng: random.Random, difficulty: int, slips: float) -> Exercise:
     write = _Writer(rng, slips)
     if c:
         write.step(f"{a}x-{c}x={right}{_signed(-b)}")
-    factor = write.number(a - c) if c else a
+    factor = a - c
     constant = write.number(right - b)
     write.step(f"{factor}x={constant}")
     found = constant // factor
