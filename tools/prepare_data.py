@@ -20,13 +20,13 @@ from megatron_prime.prepare.golds import PoolGrader
 from megatron_prime.prepare.output import SUFFIXES
 from megatron_prime.prepare.overlap import Evaluation
 from megatron_prime.prepare.pipeline import Task, prepare
-from megatron_prime.prepare.rows import (
+from megatron_prime.prepare.sources import RL_FORMATS, SFT_FORMATS
+from megatron_prime.prepare.training_rows import (
     conversation_rows,
     conversation_screen,
     prompt_rows,
     prompt_screen,
 )
-from megatron_prime.prepare.sources import RL_FORMATS, SFT_FORMATS
 
 NOT_IN_REPORT = ("out", "workers", "quiet")  # what changes no byte of the result
 

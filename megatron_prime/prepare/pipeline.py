@@ -19,8 +19,8 @@ from megatron_prime.prepare.duplicates import Seen
 from megatron_prime.prepare.items import Dropped, Item
 from megatron_prime.prepare.output import new_folder, open_rows, write_text
 from megatron_prime.prepare.overlap import Evaluation
-from megatron_prime.prepare.report import Report
 from megatron_prime.prepare.sources import Parser, detect, items
+from megatron_prime.prepare.summary import Report
 from megatron_prime.prepare.text import digest, normal_form
 
 _BATCH = 512  # items screened together: enough to keep the grader's workers busy
