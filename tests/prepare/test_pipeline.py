@@ -10,10 +10,6 @@ from megatron_prime.prepare.pipeline import Task, prepare, split_of
 from megatron_prime.prepare.sources import RL_FORMATS
 
 
-def nothing_said(rows):
-    pass
-
-
 @pytest.fixture
 def task(tmp_path):
     def make(*inputs, out="out", evaluation=(), finish=None, **options):

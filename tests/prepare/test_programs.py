@@ -1,4 +1,4 @@
-"""The expected outputs again: by the sentences of the question, and by running the worked program."""
+"""The expected outputs again: by the question's sentences, and by running the worked program."""
 
 import json
 import random
