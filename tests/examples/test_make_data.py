@@ -140,19 +140,19 @@ def test_the_seed_decides_everything(script, out, tmp_path):
 
 
 # Of `--train 300 --test 200 --sft 3000`: the quickstart's measured figures are of these problems.
-DIGESTS = {
-    "train.jsonl": "3bbf5260ae6c6b84f26eba7ffa9a38271f5ae64930dda92d11ad1e8f108714f5",
-    "test.jsonl": "9952155b69cf608c54f691472a1c71a37a63f058739d53979524cf13c0120578",
-    "sft.jsonl": "f36a79af5d69bc12cc33c510410b4013ea8a85eb4499dc03a26cc9a3c6a72e52",
-    "model/tokenizer.json": "3f3130404761b8e8a9d0fc19254b0e9a13a43f143d914394473954da31930a70",
-    "model/tokenizer_config.json": "0552f669b275df42e7a4fc80be10e8d5720931ca5ed90e4d1b71374be6ead7eb",
-    "model/config.json": "64b8325997df360a2846cedfb5949eec1c00c265276f5c6e2c4de0f8a34544df",
+DIGESTS = {  # the first half of each SHA-256
+    "train.jsonl": "3bbf5260ae6c6b84f26eba7ffa9a3827",
+    "test.jsonl": "9952155b69cf608c54f691472a1c71a3",
+    "sft.jsonl": "f36a79af5d69bc12cc33c510410b4013",
+    "model/tokenizer.json": "3f3130404761b8e8a9d0fc19254b0e9a",
+    "model/tokenizer_config.json": "0552f669b275df42e7a4fc80be10e8d5",
+    "model/config.json": "64b8325997df360a2846cedfb5949eec",
 }
 
 
 def test_the_default_task_is_the_one_that_was_measured(out):
     for name, digest in DIGESTS.items():
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest()[:32] == digest, name
 
 
 @pytest.fixture(scope="module")
