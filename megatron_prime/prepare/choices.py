@@ -22,7 +22,7 @@ _FONT = r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it))"
 _STYLES = [
     re.compile(rf"\$?\(?{_FONT}\s*\{{\s*\(?([A-J])\s*\)?\.?\s*\}}\s*[):.]?"),
     re.compile(r"\(([A-J])\)"),
-    re.compile(r"(?:(?<=\s)|^)([A-J])\s?[.):]\s?(?=\S)"),
+    re.compile(r"(?:(?<=\s)|^)([A-J])\s?[.):．：、]\s?(?=\S)"),
 ]
 _SPEAKS_OF_OPTIONS = re.compile(
     r"\bfollowing\b|\bstatements?\b|\boptions?\b|\bchoices?\b|\bchoose\b|\bwhich\b|\bclosest\b"
@@ -67,13 +67,12 @@ def open_question(item: Item) -> Item | Dropped:
         if ord(boxed) - ord("A") != chosen:
             return drop(item, "unmatched", f"the solution boxes {boxed}, not option {chosen + 1}")
         solution = None  # its letter has been compared
-    last = max(i for i, message in enumerate(item.messages) if message.role == "user")
-    content = item.messages[last].content.replace(item.text, stem)
-    messages = list(item.messages)
-    messages[last] = Message("user", content)
+    messages = _with_text(item, stem)
+    if messages is None:
+        return drop(item, "choice", "the question is not one piece of one message")
     return replace(
         item,
-        messages=tuple(messages),
+        messages=messages,
         text=stem,
         ground_truth=value,
         solution=solution,
@@ -109,6 +108,13 @@ def is_formula(value: str) -> bool:
         and bool(re.search(r"\d|[A-Za-z]", value))
         and "\n" not in value
     )
+
+
+def _with_text(item: Item, text: str) -> tuple[Message, ...] | None:
+    """The messages with another question; None unless it stands in exactly one place."""
+    if sum(message.content.count(item.text) for message in item.messages) != 1:
+        return None
+    return tuple(replace(m, content=m.content.replace(item.text, text)) for m in item.messages)
 
 
 def _chosen(letter: str | None, answer: str, values: Sequence[str]) -> int | None:

@@ -61,5 +61,5 @@ class KeyTable:
                 self._keys[slot], self._values[slot] = key, value
 
     def _make(self, slots: int) -> None:
-        self._keys, self._values = array("Q", bytes(8 * slots)), array("I", bytes(4 * slots))
+        self._keys, self._values = array("Q", [0]) * slots, array("I", [0]) * slots
         self._mask = slots - 1

@@ -100,7 +100,6 @@ class _Jsonl:
         self._file = path.open("w", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        # ASCII: lone surrogates that come in as \ud83d must go out again
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:

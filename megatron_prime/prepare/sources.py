@@ -56,8 +56,9 @@ def items(path: Path, parser: Parser) -> Iterator[tuple[int, str, Item | RowErro
         try:
             if isinstance(row, RowError):
                 raise row
-            parsed = parser(row, path.stem)
-            yield number, place, Item(path.name, number, place, **parsed)
+            item = Item(path.name, number, place, **parser(row, path.stem))
+            _check_text(item)
+            yield number, place, item
         except RowError as error:  # the caller counts it or gathers it
             yield number, place, error
 
@@ -158,6 +159,16 @@ def _conversation(row: Row, messages: list[Message], stem: str) -> dict[str, Any
         "text": "\n".join(m.content for m in messages if m.role != "system"),
         "ground_truth": "",
     }
+
+
+def _check_text(item: Item) -> None:
+    """RowError for half of a character, which JSON can hold and no tokenizer takes."""
+    for text in (item.source, item.ground_truth, *(m.content for m in item.messages)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise RowError(f"found half a character, {half!r}, wanted whole Unicode") from error
 
 
 def _turn(turn: Any, position: int) -> Row:

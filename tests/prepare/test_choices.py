@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from megatron_prime.data.chat import Message
 from megatron_prime.prepare.choices import find_options, is_formula, open_question
 from megatron_prime.prepare.items import Dropped
 
@@ -23,6 +26,7 @@ LINES = "Compute the perimeter.\nA. $4$\nB. $2\\sqrt{5}$\nC. $6$\nD. $8$"
         (LINES, "B", "Compute the perimeter.", r"2\sqrt{5}"),
         (LINES, "$2\\sqrt{5}$", "Compute the perimeter.", r"2\sqrt{5}"),
         ("Find $x$ if $x+1=3$. A: 1  B: 2  C: 3", "B", "Find $x$ if $x+1=3$.", "2"),
+        ("Find $x$ if $x+1=3$. A．1  B．2  C．3", "B", "Find $x$ if $x+1=3$.", "2"),
     ],
 )
 def test_choices_become_open_questions(make_item, text, truth, stem, value):
@@ -74,6 +78,16 @@ def test_the_solution_must_box_the_same_letter_and_a_value_is_left_to_the_grader
     assert wrong.rule == "unmatched"
     value = open_question(make_item(PLAIN, "B", solution=r"So $\boxed{5}$."))
     assert value.solution == r"So $\boxed{5}$."
+
+
+def test_the_rest_of_the_message_stays_and_an_unclear_place_is_refused(make_item):
+    item = make_item(PLAIN, "B")
+    around = replace(item, messages=(Message("user", f"Please: {PLAIN}\n\nBox it."),))
+    content = open_question(around).messages[0].content
+    assert content == "Please: What is the sum of 2 and 3?\n\nBox it."
+    for contents in ((PLAIN, PLAIN), ("something else",)):
+        unclear = replace(item, messages=tuple(Message("user", text) for text in contents))
+        assert open_question(unclear).rule == "choice"
 
 
 def test_the_last_run_of_options_counts():

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 import textwrap
@@ -75,7 +74,7 @@ def test_two_at_the_same_time_are_refused(tmp_path):
 def prompt(i):
     return {
         "data_source": "s",
-        "prompt": [{"role": "user", "content": f"π and \ud83d {i}" if i == 0 else f"q {i}"}],
+        "prompt": [{"role": "user", "content": f"π q {i}"}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": str(i)},
         "extra_info": {"split": "train", "index": i, "file": "f"},
@@ -106,13 +105,6 @@ def test_parquet_of_conversations_and_of_nothing(tmp_path):
     assert read_rows(tmp_path / "a.parquet", lambda number, row: row) == [row]
     open_rows(tmp_path / "empty.parquet").close()
     assert pyarrow.parquet.read_table(tmp_path / "empty.parquet").num_rows == 0
-
-
-def test_jsonl_holds_lone_surrogates(tmp_path):
-    file = open_rows(tmp_path / "a.jsonl")
-    file.write(prompt(0))
-    file.close()
-    assert json.loads((tmp_path / "a.jsonl").read_text()) == prompt(0)
 
 
 def test_another_suffix_is_refused(tmp_path):

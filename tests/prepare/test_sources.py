@@ -114,6 +114,17 @@ def test_malformed_rows(parser, row, message):
         parser(row, "stem")
 
 
+def test_half_a_character_makes_a_row_malformed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"problem": "\\ud83d", "answer": "1"}\n{"problem": "\\ud83d\\ude00", "answer": "1"}'
+    )
+    first, second = (item for _, _, item in items(path, sources.numina))
+    assert isinstance(first, RowError)
+    assert "half a character, '\\ud83d'" in str(first)
+    assert second.text == "😀"
+
+
 def test_items_carry_their_place(tmp_path):
     path = tmp_path / "numina.jsonl"
     path.write_text(json.dumps(NUMINA) + "\n\nno json\n" + json.dumps(NUMINA) + "\n")

@@ -266,8 +266,9 @@ def test_memory_grows_by_hashes_and_not_by_texts(model, tmp_path):
     path = synthetic(tmp_path / "many.jsonl", 50_000)
     assert path.stat().st_size > 39 << 20
     grown = peak(model, path, tmp_path / "many") - few
-    # 800,000 keys of 12 bytes in 2**21 slots are 24 MiB; while it doubles there is a half more
-    assert 20 < grown < 45
+    # 800,000 keys in 2**21 slots of 12 bytes are 24 MiB, and 12 more while it doubles; the texts
+    # alone would be 39
+    assert 20 < grown < 50
     kept = (tmp_path / "many" / "train.jsonl").read_text().count("\n")
     assert kept == 50_000
 
