@@ -52,13 +52,13 @@ def drop(item: Item, rule: str, why: str) -> Dropped:
 # name: (what is left out, who says so), in the order in which the rules are tried
 RULES = {
     "malformed": ("no JSON object, or fields missing or of the wrong type", OURS),
+    "proof": ("asks for a proof (prove, show that)", PAPER),
     "no_gold": ("no ground truth: none given, none boxed, or an empty list of tests", PAPER),
     "tests": ("tests that no program could be run on", OURS),
-    "proof": ("asks for a proof (prove, show that)", PAPER),
     "figure": ("needs a figure, diagram or image", PAPER),
     "fill_in": (r"blanks to fill in (\underline{…}; ours: two or more ___)", PAPER),
-    "choice": ("multiple choice that no rule makes an open question", PAPER),
     "yes_no": ("the answer is yes, no, true or false (only with --drop-yes-no)", OURS),
+    "choice": ("multiple choice that no rule makes an open question", PAPER),
     "unmatched": ("the boxed answer of the solution is not the ground truth", PAPER),
     "unchecked": ("the verifier failed or ran out of time on solution and ground truth", OURS),
     "contaminated": ("shares its words with an evaluation problem", OURS),

@@ -52,8 +52,6 @@ def _math(item: Item, drop_yes_no: bool) -> Item | Dropped:
 
 
 def _code(item: Item) -> Item | Dropped:
-    if found := _IMAGE.search(item.text):
-        return drop(item, "figure", _says(found))
     if not item.ground_truth:
         return drop(item, "no_gold", "found no tests")
     try:
@@ -64,8 +62,10 @@ def _code(item: Item) -> Item | Dropped:
         return drop(item, "tests", f"found no JSON object ({error})")
     if not tests.get("inputs") and not tests.get("outputs"):
         return drop(item, "no_gold", "found no tests")
-    why = _unusable(tests)
-    return drop(item, "tests", why) if why else item
+    if why := _unusable(tests):
+        return drop(item, "tests", why)
+    found = _IMAGE.search(item.text)
+    return drop(item, "figure", _says(found)) if found else item
 
 
 def _unusable(tests: dict[str, Any]) -> str:

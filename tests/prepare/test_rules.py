@@ -32,6 +32,23 @@ def test_what_falls_to_which_rule(make_item, rule, text, truth):
     assert found.why
 
 
+def test_the_first_rule_of_the_list_counts(make_item):
+    everything = r"Show that ____ and ____ are right in the figure \underline{ }. (A) 1 (B) 2 (C) 3"
+    order = list(RULES)
+    fallen = []
+    for text, truth in (
+        (everything, ""),
+        (everything.replace("Show that", "Say if"), ""),
+        (everything.replace("Show that", "Say if"), "yes"),
+        (everything.replace("Show that", "Say if").replace("figure", "text"), "yes"),
+        ("Say which is right. (A) 1 (B) 2 (C) 3", "yes"),
+        ("Say which is right. (A) 1 (B) 2 (C) 3", "5"),
+    ):
+        fallen.append(screen(make_item(text, truth), drop_yes_no=True).rule)
+    assert fallen == ["proof", "no_gold", "figure", "fill_in", "yes_no", "choice"]
+    assert sorted(fallen, key=order.index) == fallen
+
+
 @pytest.mark.parametrize(
     "text",
     [
