@@ -58,11 +58,12 @@ class Generation:
 
     seconds: float
     by: dict[str, float]  # what the last server to finish spent them on
-    ends: tuple[float, ...]  # when each group was complete, in order of time
+    done: tuple[float, ...]  # when each group was complete, in the groups' order
+    finished: tuple[float, ...]  # when each server had nothing left to do
 
     def until(self, groups: int) -> float:
         """Seconds until so many groups were complete."""
-        return self.ends[min(groups, len(self.ends)) - 1]
+        return sorted(self.done)[min(groups, len(self.done)) - 1]
 
 
 def generate(
@@ -74,6 +75,7 @@ def generate(
     done = [0.0] * len(groups)
     at_work = [(0.0, number, _Running()) for number in range(servers)]
     last = at_work[0][2]
+    finished = [0.0] * servers
     while at_work:
         _, number, one = heapq.heappop(at_work)
         while waiting and _has_room(one, waiting[0][1], prompt, server):
@@ -94,8 +96,9 @@ def generate(
             if not missing[group]:
                 done[group] = one.clock
         last = max(last, one, key=lambda running: running.clock)
+        finished[number] = one.clock
         heapq.heappush(at_work, (one.clock, number, one))
-    return Generation(last.clock, dict(last.seconds), tuple(sorted(done)))
+    return Generation(last.clock, dict(last.seconds), tuple(done), tuple(finished))
 
 
 def _has_room(one: _Running, lengths: Sequence[int], prompt: float, server: Server) -> bool:

@@ -39,17 +39,18 @@ class Rollouts:
 
     def of_step(self) -> Seconds:
         """All rounds of a step. Raises ConfigError if there are more than a run allows."""
+        return add(*(times(one.by, end / one.seconds) for one, end in self.rounds_of_step()))
+
+    def rounds_of_step(self) -> list[tuple[Generation, float]]:
+        """Each round, and the seconds after which it ended or was aborted."""
         knobs = self.config.rollout
         prompts = knobs.prompts_per_round or knobs.prompts_per_step
         rounds, needed = rounds_of(self.config, self.expected.sampled_per_kept)
-        found: Seconds = {}
-        for number in range(rounds):
-            one = self.round(prompts, knobs.group_size, number)
-            share = 1.0
-            if knobs.abort_surplus and number == rounds - 1:
-                share = one.until(needed) / one.seconds
-            found = add(found, times(one.by, share))
-        return found
+        found = [self.round(prompts, knobs.group_size, number) for number in range(rounds)]
+        ends = [one.seconds for one in found]
+        if knobs.abort_surplus:
+            ends[-1] = found[-1].until(needed)
+        return list(zip(found, ends, strict=True))
 
     def round(self, prompts: int, group_size: int, number: int = 0) -> Generation:
         """Round `number` of a step."""

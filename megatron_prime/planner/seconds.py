@@ -112,6 +112,30 @@ def prm_forwards(config: RunConfig) -> int:
     return (forward == "single_strict") + after
 
 
+def rollouts_of(
+    config: RunConfig, plan: MemoryPlan, rates: Rates, expected: Expectations
+) -> Rollouts:
+    """The engine of a run whose memory plan is `plan`."""
+    cache = min(rank.kept.get("engine.kv_cache", 0) for rank in plan.ranks)
+    shape = ModelShape.from_hf(config.model.hf, config.parallel.tp)
+    return Rollouts(config, shape, plan.world_size, cache, rates, expected)
+
+
+def trainer_of(name: ModelName, config: RunConfig, world_size: int, rates: Rates) -> Trainer:
+    """A model of a run on so many ranks."""
+    sizes = config.parallel
+    own = config.prm.hf if name == "prm" else None
+    return Trainer(
+        ModelShape.from_hf(own or config.model.hf, sizes.tp),
+        sizes,
+        world_size // sizes.replica,
+        config.precision.of(name),
+        config.megatron,
+        config.policy if name == "policy" else config.prm,
+        rates,
+    )
+
+
 class _Predictor:
     """The parts of a prediction."""
 
@@ -125,17 +149,14 @@ class _Predictor:
     ) -> None:
         self.config, self.rates = config, rates
         self.world_size, self.sizes = plan.world_size, config.parallel
-        self.data_parallel = plan.world_size // self.sizes.replica
-        self.policy = self._trainer("policy")
+        self.policy = trainer_of("policy", config, plan.world_size, rates)
         self.moves = Moves(config, plan, table, self.policy)
         self.rows = config.rollout.prompts_per_step * config.rollout.group_size
         most = config.rollout.max_response_length
         lengths = response_lengths(self.rows, expected.mean_response, expected.spread, most)
         self.load = load_of(expected.mean_prompt, lengths)
         self.generates = config.debug.rollouts_from is None
-        cache = min(rank.kept.get("engine.kv_cache", 0) for rank in plan.ranks)
-        shape = self.policy.shape
-        self.rollouts = Rollouts(config, shape, plan.world_size, cache, rates, expected)
+        self.rollouts = rollouts_of(config, plan, rates, expected)
 
     def step(self) -> StepSeconds:
         """All phases."""
@@ -154,17 +175,7 @@ class _Predictor:
         return StepSeconds(found, tuple(self._extra()), self.load.tokens, self.world_size)
 
     def _trainer(self, name: ModelName) -> Trainer:
-        config = self.config
-        own = config.prm.hf if name == "prm" else None
-        return Trainer(
-            ModelShape.from_hf(own or config.model.hf, self.sizes.tp),
-            self.sizes,
-            self.data_parallel,
-            config.precision.of(name),
-            config.megatron,
-            config.policy if name == "policy" else config.prm,
-            self.rates,
-        )
+        return trainer_of(name, self.config, self.world_size, self.rates)
 
     def _score(self) -> Seconds:
         share = scored_share(self.config)

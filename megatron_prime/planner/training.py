@@ -121,13 +121,19 @@ class Trainer:
         if sizes.pp == 1:
             return work
         waiting = (sizes.pp - 1) / (self.micro_batches(load, rows) * sizes.vpp)
-        handed = passes * sizes.vpp * self._hidden_bytes(load * (1 / self.data_parallel))
-        if self._sequence_parallel():
-            handed /= sizes.tp
-        world_size = sizes.replica * self.data_parallel
-        near = world_size // sizes.pp < self.rates.ranks_per_node
-        link = self.rates.nvlink if near else self.rates.network
-        return add(work, {"pipeline": waiting * sum(work.values()) + handed / link})
+        handed = passes * sizes.vpp * self.handed_on(load * (1 / self.data_parallel))
+        return add(work, {"pipeline": waiting * sum(work.values()) + handed})
+
+    def handed_on(self, load: Load) -> float:
+        """Seconds in which one replica's hidden states go from a stage to the next."""
+        sizes = self.sizes
+        sent = self._hidden_bytes(load) / (sizes.tp if self._sequence_parallel() else 1)
+        near = sizes.replica * self.data_parallel // sizes.pp < self.rates.ranks_per_node
+        return sent / (self.rates.nvlink if near else self.rates.network)
+
+    def pass_seconds(self, load: Load, backward: bool) -> float:
+        """Of one replica's `load` through a stage; its `wanted` logits are made by the last."""
+        return sum(self._pass(load, backward).values())
 
     def _optimizer(self, hidden: float) -> Seconds:
         """After the last backward pass; `hidden`: seconds that it gave the gradients' exchange."""
