@@ -100,16 +100,12 @@ class Trainer:
         head = flops.head / (self._rate() * ranks)
         compute = linears + attention + head
         around = max(0.0, self._cache_ring(load) - attention)
-        collectives = 4.0
         if backward:
             again_linears, again_attention = self._recomputed()
             compute = 2 * compute + again_linears * linears + again_attention * attention
             around *= 2
-            collectives += 4 * again_linears
-        layers = self.shape.num_layers / sizes.pp
-        sent = collectives * layers * self._hidden_bytes(load) * (sizes.tp - 1) / sizes.tp
         ring = "network" if sizes.tp > rates.ranks_per_node else "nvlink"
-        waiting = sent / float(getattr(rates, ring))
+        waiting = self.tensor_bytes(load, backward) / float(getattr(rates, ring))
         if self.megatron.get("tp_comm_overlap"):
             waiting = max(0.0, waiting - (2 if backward else 1) * linears)
         found = {"compute": compute, ring: waiting}
@@ -126,10 +122,24 @@ class Trainer:
 
     def handed_on(self, load: Load) -> float:
         """Seconds in which one replica's hidden states go from a stage to the next."""
-        sizes = self.sizes
-        sent = self._hidden_bytes(load) / (sizes.tp if self._sequence_parallel() else 1)
-        near = sizes.replica * self.data_parallel // sizes.pp < self.rates.ranks_per_node
-        return sent / (self.rates.nvlink if near else self.rates.network)
+        near = self.sizes.replica * self.data_parallel // self.sizes.pp < self.rates.ranks_per_node
+        return self.handed_bytes(load) / (self.rates.nvlink if near else self.rates.network)
+
+    def tensor_bytes(self, load: Load, backward: bool) -> float:
+        """That a rank sends to its tensor-parallel neighbours, of a replica's `load`."""
+        sizes, layers = self.sizes, self.shape.num_layers / self.sizes.pp
+        collectives = 4 + 4 * self._recomputed()[0] * backward
+        return collectives * layers * self._hidden_bytes(load) * (sizes.tp - 1) / sizes.tp
+
+    def handed_bytes(self, load: Load) -> float:
+        """That a rank sends to the next stage, of a replica's `load`."""
+        return self._hidden_bytes(load) / (self.sizes.tp if self._sequence_parallel() else 1)
+
+    def shard_bytes(self) -> tuple[float, float]:
+        """That a rank sends around of gradients, and of new weights, in an optimizer step."""
+        group = self.sizes.cp * self.data_parallel
+        others = self._values() * (group - 1) / group
+        return 4 * others, VALUE_BYTES[self.precision.dtype] * others
 
     def pass_seconds(self, load: Load, backward: bool) -> float:
         """Of one replica's `load` through a stage; its `wanted` logits are made by the last."""
@@ -137,17 +147,19 @@ class Trainer:
 
     def _optimizer(self, hidden: float) -> Seconds:
         """After the last backward pass; `hidden`: seconds that it gave the gradients' exchange."""
-        sizes, rates = self.sizes, self.rates
-        h, vocabulary = self.shape.hidden_size, self.shape.padded_vocab_size
-        layers = linear_values(self.shape) * self.shape.num_layers / sizes.pp
-        values = (layers + h * vocabulary * (1 if sizes.pp > 1 else 2)) / sizes.tp
+        sizes, rates, values = self.sizes, self.rates, self._values()
         group = sizes.cp * self.data_parallel
         link, speed = self.ring(group)
-        others = values * (group - 1) / group
-        gradients = max(0.0, 4 * others / speed - hidden)
-        gathered = VALUE_BYTES[self.precision.dtype] * others / speed
+        scattered, gathered = (nbytes / speed for nbytes in self.shard_bytes())
         hbm = (values / group * _STEP + values * _GRADIENTS) / rates.hbm
-        return {"hbm": hbm, link: gradients + gathered}
+        return {"hbm": hbm, link: max(0.0, scattered - hidden) + gathered}
+
+    def _values(self) -> float:
+        """In the matrices of the stage that has most."""
+        sizes, vocabulary = self.sizes, self.shape.hidden_size * self.shape.padded_vocab_size
+        both = sizes.pp == 1 and not self.shape.tied_embeddings
+        layers = linear_values(self.shape) * self.shape.num_layers / sizes.pp
+        return (layers + vocabulary * (2 if both else 1)) / sizes.tp
 
     def ring(self, group: int) -> tuple[str, float]:
         """What limits a ring of ranks that are `sizes.tp` apart, and its bytes per second."""
