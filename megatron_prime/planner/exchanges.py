@@ -1,4 +1,4 @@
-"""Bytes that one rank hands to each exchange with others, exactly, as Megatron's formulae have them.
+"""Bytes that one rank hands to each exchange with others, exactly, by Megatron's formulae.
 
 A model's rank works on m packs of S tokens (of its context-parallel share), n of them before a
 response token; h is the hidden size, b the bytes of a value, t, p, c the parallel sizes. Counted is
@@ -16,8 +16,9 @@ the whole tensor: what is reduced, what is gathered together or scattered, what 
     CP   keys and values gathered forward, their gradients scattered backward (torch layers; those
          of Transformer Engine pass them round, which is the same but for the rank's own)
 
-`planner/training.py` turns the largest of these into seconds. Beside them are a few bytes per
-optimizer step: norms of gradients, whether all is finite, and the log-probs, told to all ranks.
+`planner/training.py` turns the largest of these into seconds. With recomputation, which is not in
+here, the forward's come once more. The counts of real steps are equal to these numbers
+(tests/distributed/test_exchanges.py).
 """
 
 from __future__ import annotations

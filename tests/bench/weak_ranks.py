@@ -1,10 +1,11 @@
 """The ranks of weak_scaling.py: a real PRIME step in each layout, its bytes counted and predicted.
 
-`python -m torch.distributed.run --nproc-per-node=N weak_ranks.py FOLDER LAYOUT …` writes
-FOLDER/rank<R>.json: {layout: {phase: {"counted": bytes, "formula": bytes}}}, bytes by "group
-operation". A layout is written tp2.pp2.sp: tp, pp, cp and vpp with their sizes, `sp` for sequence
-parallelism, `zero` for the distributed optimizer; the ranks that a replica leaves are
-data-parallel.
+`python -m torch.distributed.run --nproc-per-node=N weak_ranks.py FOLDER ragged|equal LAYOUT …`
+writes FOLDER/rank<R>.json: {layout: {phase: {"counted": …, "formula": …, "planner": …}}}, bytes by
+"group operation"; the planner's are what a rank sends in an update, by group, if rollouts are
+`equal`ly long and packs full. A layout is written tp2.pp2.sp: tp, pp, cp and vpp with their sizes,
+`sp` for sequence parallelism, `zero` for the distributed optimizer; the ranks that a replica leaves
+are data-parallel.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from megatron_prime.models.prm import MegatronPrm  # noqa: E402
 from megatron_prime.models.reference import MegatronReference  # noqa: E402
 from megatron_prime.models.training import TrainableEngine  # noqa: E402
 from megatron_prime.planner.exchanges import Exchanges, Pack  # noqa: E402
+from megatron_prime.planner.flops import Load  # noqa: E402
 from megatron_prime.planner.rates import GPUS  # noqa: E402
 from megatron_prime.planner.training import Trainer  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
@@ -60,19 +62,6 @@ from megatron_prime.weights.reshard import Reshard  # noqa: E402
 TIMEOUT_S = 300
 ROWS_PER_RANK, GROUP, MINI_BATCHES, PACK = 8, 4, 2, 160
 EXACT = PrecisionOptions(dtype="fp32")
-CONFIG = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "intermediate_size": 96,
-    "vocab_size": 301,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +92,7 @@ class Layout:
         return options
 
 
-def main(folder: Path, layouts: list[str]) -> None:
+def main(folder: Path, lengths: str, layouts: list[str]) -> None:
     distributed.initialize(rendezvous_from(os.environ), ParallelSizes(), 1, TIMEOUT_S)
     found = {}
     for name in layouts:
@@ -111,13 +100,13 @@ def main(folder: Path, layouts: list[str]) -> None:
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(layout.sizes, 1, TIMEOUT_S)
         counted.name_groups()
-        found[name] = prime_step(folder, layout)
+        found[name] = prime_step(folder, layout, lengths == "equal")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     distributed.destroy()
 
 
-def prime_step(folder: Path, layout: Layout) -> dict[str, Any]:
+def prime_step(folder: Path, layout: Layout, equal: bool) -> dict[str, Any]:
     """Score, learn process rewards, update the policy, reshard."""
     hf = folder / "model"
     shape = ModelShape.from_hf(hf, layout.sizes.tp)
@@ -132,19 +121,12 @@ def prime_step(folder: Path, layout: Layout) -> dict[str, Any]:
     prm = MegatronPrm(engine_of(shape, layout, prm_knobs), prm_knobs, Guard(config, "prm"))
     frozen = Engine(build_model(shape, EXACT, layout.megatron), shape, PACK, 1.0)
     reference = MegatronReference(frozen, Guard(config, "reference"))
-    batch = rollouts(rows, shape.vocab_size)
-    exchanges = Exchanges(
-        Trainer(
-            shape,
-            layout.sizes,
-            dist.get_world_size() // layout.sizes.replica,
-            EXACT,
-            layout.megatron,
-            policy_knobs,
-            GPUS["h100"],
-        ),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    batch = rollouts(rows, shape.vocab_size, equal)
+    replicas = dist.get_world_size() // layout.sizes.replica
+    rates = GPUS["h100"]  # of no consequence for bytes
+    trainer = Trainer(shape, layout.sizes, replicas, EXACT, layout.megatron, policy_knobs, rates)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    exchanges = Exchanges(trainer, stage)
     formulae = Formulae(exchanges, batch, layout)
     found: dict[str, Any] = {}
 
@@ -167,6 +149,7 @@ def prime_step(folder: Path, layout: Layout) -> dict[str, Any]:
     advantages = torch.where(batch.response_mask, 1.0, 0.0)
     policy.update(TrainBatch(scored, None, advantages))
     phase("update_policy", formulae.update(policy.engine, order))
+    found["update_policy"]["planner"] = planned(trainer, stage, batch)
     sync, sent = reshard(policy, layout)
     sync()
     phase("sync_weights", {"ranks send": sent})
@@ -218,6 +201,19 @@ def told(batch: RolloutBatch, flags: int = 0) -> Counter[str]:
     return Counter({"world all_reduce": 2 * 4 * batch.response_mask.numel() + 8 + 4 * flags})
 
 
+def planned(trainer: Trainer, stage: int, batch: RolloutBatch) -> dict[str, float]:
+    """What `planner/training.py` takes its seconds of an update from."""
+    sizes, tokens = trainer.sizes, sum(len(one.token_ids) for one in batch.sequences)
+    load = Load(tokens / trainer.data_parallel, 0.0, 0.0)
+    gradients, weights = trainer.shard_bytes()
+    sends = 2 * sizes.vpp - (stage == 0) - (stage == sizes.pp - 1)
+    return {
+        "tp": sum(trainer.tensor_bytes(load, backward) for backward in (False, True)),
+        "ranks": trainer.handed_bytes(load) * sends if sizes.pp > 1 else 0.0,
+        "dp": MINI_BATCHES * (gradients + weights),
+    }
+
+
 def packs_of(engine: Engine, batch: RolloutBatch, rows: Any) -> list[Pack]:
     """The micro-batches of this rank, as far as sizes go."""
     return [
@@ -226,10 +222,10 @@ def packs_of(engine: Engine, batch: RolloutBatch, rows: Any) -> list[Pack]:
     ]
 
 
-def rollouts(rows: int, vocabulary: int) -> RolloutBatch:
+def rollouts(rows: int, vocabulary: int, equal: bool) -> RolloutBatch:
     """Ragged ones, the same on every rank; as many tokens per rank however many ranks there are."""
     generator = torch.Generator().manual_seed(3)
-    lengths = [(8, 12 + 4 * (row % ROWS_PER_RANK)) for row in range(rows)]
+    lengths = [(8, 32 if equal else 12 + 4 * (row % ROWS_PER_RANK)) for row in range(rows)]
     sequences = tuple(
         TokenSequence(
             tuple(torch.randint(0, vocabulary, (p + r,), generator=generator).tolist()), p
@@ -261,4 +257,4 @@ def reshard(policy: MegatronPolicy, layout: Layout) -> tuple[Any, int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
