@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,8 @@ def make_micro_batch(
     slots = torch.full_like(tokens, -1)
     for i, sequence in enumerate(chosen):
         first = int(starts[i])
-        tokens[first : first + len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
+        ids = np.array(sequence.token_ids, dtype=np.int64)  # faster than torch.tensor by far
+        tokens[first : first + len(ids)] = torch.from_numpy(ids)
         before = first + sequence.prompt_length - 1
         steps = torch.arange(sequence.response_length)
         slots[before : before + len(steps)] = i * width + steps

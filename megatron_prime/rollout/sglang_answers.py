@@ -4,14 +4,22 @@ SGLang's JSON becomes `Sample`s here, or one of the errors, which name the reque
 log-prob that is not a number as null, and calls a row of logits with NaN a stop, so both are looked
 for. A response whose last allowed token is a stop token counts as stopped: SGLang says `length`.
 One that was aborted just as it came to its end counts as ended: SGLang says `abort`.
+
+A step's answers have millions of tokens, and each is a list of its own in the JSON. So nothing here
+loops over tokens in Python, and Python's search for cycles, which would go through all of them and
+all else again and again, is paused for the milliseconds that an answer takes.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
+
+from pydantic_core import from_json
 
 from megatron_prime.errors import RunError
 
@@ -75,6 +83,26 @@ def wire_rid(rid: str) -> str:
     if RID_END in rid or not rid:
         raise ValueError(f"found the rid {rid!r}, wanted one without {RID_END}, not empty")
     return rid + RID_END
+
+
+def parsed(path: str, answer: bytes) -> Any:
+    """An answer's JSON. Raises BadAnswer if it is none."""
+    try:
+        return from_json(answer)
+    except ValueError as error:
+        raise BadAnswer(f"{path}: the answer is no JSON: {error}") from error
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cycles inside; for short work that makes many objects and no cycle."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def checked_samples(
@@ -143,14 +171,20 @@ def _checked(request: SampleRequest, found: Any, stops: frozenset[int]) -> Sampl
 
 def _logprobs_of(rid: str, meta: dict[str, Any]) -> tuple[tuple[float, ...], tuple[int, ...]]:
     triples = meta["output_token_logprobs"]
-    logprobs = tuple(logprob for logprob, _, _ in triples)
-    for position, logprob in enumerate(logprobs):
-        if not isinstance(logprob, float | int) or not math.isfinite(logprob):
-            raise LogprobNotFinite(
-                f"request {rid}: found the log-prob {logprob} at token {position}, wanted a finite "
-                "one; the weights or rollout.temperature give logits that are not finite"
-            )
-    return tuple(map(float, logprobs)), tuple(token for _, token, _ in triples)
+    if not triples:
+        return (), ()
+    logprobs, tokens, _ = zip(*triples, strict=True)
+    try:
+        if all(map(math.isfinite, logprobs)):
+            return tuple(map(float, logprobs)), tokens
+    except TypeError:  # null, or no number at all
+        pass
+    finite = (isinstance(one, float | int) and math.isfinite(one) for one in logprobs)
+    position = list(finite).index(False)
+    raise LogprobNotFinite(
+        f"request {rid}: found the log-prob {logprobs[position]} at token {position}, wanted a "
+        "finite one; the weights or rollout.temperature give logits that are not finite"
+    )
 
 
 def _reason(
@@ -176,8 +210,8 @@ def _reason(
             f"{sorted(stops)}; the tokenizer, generation_config.json and config.json of model.hf "
             "must name the same end-of-sequence tokens"
         )
-    if early := [token for token in ids[:-1] if token in stops]:
-        raise WrongStop(f"request {rid}: it went on after the stop token {early[0]}")
+    if early := stops.intersection(ids[:-1]):
+        raise WrongStop(f"request {rid}: it went on after the stop token {min(early)}")
     if stopped:
         return "stop"
     # An abort that comes with the last allowed token leaves nothing to go on with.

@@ -29,6 +29,8 @@ from megatron_prime.rollout.sglang_answers import (
     SglangError,
     checked_samples,
     checked_scores,
+    collector_paused,
+    parsed,
     wire_rid,
 )
 
@@ -113,13 +115,15 @@ class SglangClient:
             ],
             "return_logprob": True,
         }
+        left = max(0.1, deadline - loop.time())
         try:
-            answer = await self._call("POST", "/generate", body, max(0.1, deadline - loop.time()))
+            _, answer = await self._exchange("POST", "/generate", body, left)
         except ServerRefused as refused:
             if _WAS_ABORTED not in str(refused):
                 raise
             return [Sample.aborted(request.rid) for request in requests]
-        return checked_samples(requests, answer, stop_token_ids)
+        with collector_paused():
+            return checked_samples(requests, parsed("/generate", answer), stop_token_ids)
 
     async def score(self, input_ids: Sequence[int], timeout_s: float) -> tuple[float, ...]:
         """The log-prob of each given token but the first, at temperature 1.
@@ -199,8 +203,11 @@ class SglangClient:
 
     async def _send_prompt_ahead(self, requests: Sequence[SampleRequest], timeout_s: float) -> None:
         """Fill the prefix cache with what the requests have in common."""
-        columns = zip(*(request.input_ids for request in requests), strict=False)
-        common = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+        first, *others = (request.input_ids for request in requests)
+        common = list(first)
+        if any(ids != first for ids in others):  # some continue an answer
+            columns = zip(first, *others, strict=False)
+            common = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
         if len(common) < PRIME_FROM:
             return
         body = {
@@ -218,6 +225,13 @@ class SglangClient:
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> Any:
         """The answer to one call: JSON if it is that, else text."""
+        kind, answer = await self._exchange(method, path, body, timeout_s)
+        return parsed(path, answer) if kind == "application/json" else answer.decode(errors="replace")
+
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> tuple[str, bytes]:
+        """The type and the bytes of the answer to one call."""
         assert self._session is not None, "use the client in `async with`"
         where = f"{method} {self.url}{path}"
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -228,15 +242,11 @@ class SglangClient:
                 if answer.status != 200:
                     text = (await answer.text())[:1000]
                     raise ServerRefused(f"{where}: status {answer.status}: {text}", answer.status)
-                if answer.content_type != "application/json":
-                    return await answer.text()
-                return await answer.json()
+                return answer.content_type, await answer.read()
         except TimeoutError as error:  # before the next: aiohttp's is a connection error, too
             raise ServerSlow(f"{where}: no answer within {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
             raise ServerLost(f"{where}: {type(error).__name__}: {error}") from error
-        except ValueError as error:
-            raise BadAnswer(f"{where}: the answer is no JSON: {error}") from error
 
 
 def _without_keys(value: Any) -> Any:
