@@ -21,19 +21,18 @@ import asyncio
 import itertools
 import json
 import pickle
-import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from measure import resident
+from rank0_given import make_tokenizer, predicted, prompt_rows, server
 
 from megatron_prime.runtime.compat import before_megatron_import, install_cpu_shim
 
@@ -42,12 +41,16 @@ before_megatron_import()
 from megatron_prime import figures  # noqa: E402
 from megatron_prime.algorithm.advantage import prime_advantages  # noqa: E402
 from megatron_prime.algorithm.filtering import passes  # noqa: E402
-from megatron_prime.config import RunConfig  # noqa: E402
+from megatron_prime.config import ParallelSizes, RunConfig  # noqa: E402
 from megatron_prime.data.prompts import PromptStream, load_prompts  # noqa: E402
+from megatron_prime.models.engine import Engine, Forward  # noqa: E402
 from megatron_prime.models.micro_batch import Grid, cut  # noqa: E402
 from megatron_prime.rollout.generation import Limits, PassRunner  # noqa: E402
 from megatron_prime.rollout.sglang_client import SglangClient  # noqa: E402
-from megatron_prime.runtime.distributed import WorldRanks  # noqa: E402
+from megatron_prime.runtime.distributed import (  # noqa: E402
+    WorldRanks,
+    initialize_model_parallel,
+)
 from megatron_prime.runtime.recorder import RunRecorder  # noqa: E402
 from megatron_prime.runtime.timeline import Timeline  # noqa: E402
 from megatron_prime.types import (  # noqa: E402
@@ -64,6 +67,8 @@ from megatron_prime.types import (  # noqa: E402
 from megatron_prime.verify.pool import VerifierPool  # noqa: E402
 
 PROMPTS, GROUP, PROMPT = 256, 4, 1024
+RUNS = {2: "qwen2.5-math-7b_8gpu", 8: "llama3.1-70b_64gpu"}  # by their servers
+ONCE, IF_ASKED = "(once) tokenizing prompts", "(if asked for) rollout files"
 WORKERS = 4  # as in the examples
 END = r" so the answer is \boxed{42}"
 
@@ -86,48 +91,6 @@ class Stages:
             wall.append(time.perf_counter() - clock)
         self.cpu[name], self.wall[name] = min(cpu), min(wall)
         return found
-
-
-def make_tokenizer() -> tuple[Any, str]:
-    """A byte-level BPE of this machine's own Python sources, and their text."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    sources = sorted(Path(json.__file__).parents[1].glob("*.py"))[:120]
-    text = "\n".join(source.read_text(errors="ignore") for source in sources)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(text.splitlines(), 16000, special_tokens=["<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    return tokenizer, text
-
-
-def prompt_rows(path: Path, text: str, count: int) -> None:
-    """Math rows whose prompts come near 1024 tokens."""
-    generator = random.Random(2)
-    with path.open("w") as file:
-        for _ in range(count):
-            start = generator.randrange(len(text) - 3000)
-            row = {
-                "data_source": "synthetic",
-                "prompt": [{"role": "user", "content": text[start : start + 2500]}],
-                "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": "42"},
-            }
-            file.write(json.dumps(row) + "\n")
-
-
-@contextmanager
-def server(tokens: Path, response: int) -> Iterator[str]:
-    """Its address."""
-    program = [sys.executable, str(Path(__file__).with_name("rank0_server.py"))]
-    process = subprocess.Popen([*program, tokens, str(response)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def generate(
@@ -185,11 +148,23 @@ def training_work(
                 cut(batch.sequences, everything[first : first + mini], 4096, grid)
 
     measure("packs", repeat, packs)
+    measure("log-probs from the models", repeat, lambda: assemble(batch, grid))
     metrics = figures.of_batch(trained, update, config)
     with RunRecorder(folder / "run", 10, 0, save_rollouts=True) as recorder:
         steps = itertools.count(1)
         measure("metrics", repeat, lambda: recorder.log(next(steps), metrics))
-        measure("rollout files (if asked for)", repeat, lambda: recorder.rollouts(1, groups))
+        measure(IF_ASKED, repeat, lambda: recorder.rollouts(1, groups))
+
+
+def assemble(batch: RolloutBatch, grid: Grid) -> None:
+    """Log-probs and entropies on the host: once for the reference, once for old log-probs, and in
+    each of two models' four optimizer steps."""
+    engine: Any = SimpleNamespace(grid=grid)
+    width = batch.response_mask.shape[1]
+    packs = torch.arange(len(batch.sequences) // grid.dp_size).split(3)
+    outputs = [Forward(rows, *torch.zeros(2, len(rows), width)) for rows in packs]
+    for _ in range(10):
+        Engine._assemble(engine, outputs, batch.sequences)
 
 
 def of_models(scored: Any, trained: TrainBatch, update: PolicyUpdate, config: RunConfig) -> None:
@@ -198,7 +173,7 @@ def of_models(scored: Any, trained: TrainBatch, update: PolicyUpdate, config: Ru
 
 
 def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -> Stages:
-    """All stages, and the memory that they leave taken."""
+    """All stages."""
     stages = Stages()
     measure = stages.measure
     tokenizer, text = make_tokenizer()
@@ -206,18 +181,17 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
     end = tokenizer.encode(END)
     prompt_rows(folder / "train.jsonl", text, sampled)
     (folder / "tokens.json").write_text(json.dumps(ids))
-    load = lambda: load_prompts(folder / "train.jsonl", tokenizer, "none", 10_000)  # noqa: E731
-    loaded = measure("(once: tokenizing the prompts)", 1, load)
+    loaded = measure(
+        ONCE, 1, lambda: load_prompts(folder / "train.jsonl", tokenizer, "none", 10_000)
+    )
     prompts = [replace(one, token_ids=one.token_ids[:PROMPT]) for one in loaded.prompts]
     stream = PromptStream(prompts, 1)
-    measure("prompts", repeat, lambda: PromptStream(prompts, 1) and stream.take(1))
+    measure("prompts", repeat, lambda: stream.take(sampled))
     mine = prompts[: sampled // servers]
     with server(folder / "tokens.json", response) as url:
         ask = lambda text: generate(url, mine, tokenizer, response, text)  # noqa: E731
         measure("HTTP, JSON, checks", repeat, lambda: ask(False))
-        began = resident("VmRSS")
         answered = ask(True)
-    stages.wall["bytes of its own rollouts"] = resident("VmRSS") - began
     decode = lambda: [  # noqa: E731
         tokenizer.decode(one.response_ids, skip_special_tokens=True)
         for group in answered
@@ -258,33 +232,46 @@ def with_end(group: Group, end: str, ids: tuple[int, ...]) -> Group:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--servers", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--servers", type=int, nargs="+", default=list(RUNS))
     parser.add_argument("--sampled", type=int, default=512)
     parser.add_argument("--response", type=int, default=3072)
     asked = parser.parse_args()
-    import torch.distributed as dist
-
     install_cpu_shim()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    initialize_model_parallel(ParallelSizes(), 1, 600.0)
     found = {}
     for servers in asked.servers:
         with tempfile.TemporaryDirectory() as folder:
             found[servers] = step(
                 servers, asked.sampled, asked.response, asked.repeat, Path(folder)
             )
+    show(found, asked.response)
+
+
+def show(found: dict[int, Stages], response: int) -> None:
+    """The tables."""
     names = list(next(iter(found.values())).cpu)
-    print("| | " + " | ".join(f"1 of {n} servers: CPU s | clock s" for n in found) + " |")
+    print("| | " + " | ".join(f"1 of {n} servers: CPU s | by the clock" for n in found) + " |")
     print("|---" * (1 + 2 * len(found)) + "|")
+    each_step = [n for n in names if n not in (ONCE, IF_ASKED)]
     for name in names:
-        cells = " | ".join(f"{one.cpu[name]:.3f} | {one.wall[name]:.3f}" for one in found.values())
-        print(f"| {name} | {cells} |")
-    once = [n for n in names if not n.startswith("(") and "asked" not in n]
-    totals = " | ".join(
-        f"{sum(one.cpu[n] for n in once):.2f} | {sum(one.wall[n] for n in once):.2f}"
-        for one in found.values()
-    )
-    print(f"| together, per step | {totals} |")
-    print(f"resident at the peak: {resident('VmHWM') / 2**30:.2f} GiB")
+        cells = (f"{one.cpu[name]:.3f} | {one.wall[name]:.3f}" for one in found.values())
+        print(f"| {name} | {' | '.join(cells)} |")
+    totals = {n: sum(one.cpu[name] for name in each_step) for n, one in found.items()}
+    clocks = {n: sum(one.wall[name] for name in each_step) for n, one in found.items()}
+    cells = (f"{totals[n]:.2f} | {clocks[n]:.2f}" for n in found)
+    print(f"| each step, together | {' | '.join(cells)} |")
+    print(f"\nresident at the peak: {resident('VmHWM') / 2**30:.2f} GiB")
+    with tempfile.TemporaryDirectory() as folder:
+        for servers in found:
+            name = RUNS.get(servers)
+            if name:
+                whole, third = (predicted(name, Path(folder), n) for n in (response, None))
+                print(
+                    f"{name}: {totals[servers] / whole:.1%} of the {whole:.0f} s predicted for a "
+                    f"step of such responses, {totals[servers] / third:.1%} of the {third:.0f} s "
+                    "for responses of a third"
+                )
 
 
 if __name__ == "__main__":
