@@ -3,6 +3,7 @@
     python tools/scaling.py limits     CONFIG --ranks N [--gpu h100] [--section.key=value …]
     python tools/scaling.py pipeline   CONFIG --ranks N
     python tools/scaling.py generation CONFIG --ranks N
+    python tools/scaling.py exchanges  CONFIG --ranks N
 
 `limits`: a step's predicted seconds by what they wait for, and what would help. `pipeline`: the
 schedule run through event by event beside the planner's closed form. `generation`: what the long
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_prime.config import ConfigError, RunConfig
@@ -25,13 +26,11 @@ from megatron_prime.planner.memory import GIB
 from megatron_prime.planner.rates import Rates, rates_of
 from megatron_prime.planner.seconds import rollouts_of
 
-PHASES = ("generate", "score", "update_prm", "update_policy", "sync_weights")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with the reason when there is no such plan."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("what", choices=("limits", "pipeline", "generation"))
+    parser.add_argument("what", choices=("limits", *TABLES))
     parser.add_argument("config", type=Path)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--gpu", default="h100")
@@ -39,12 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, rates = load(known.config, overrides), rates_of(known.gpu)
         expected = Expectations.of(config)
-        if known.what == "pipeline":
-            lines = pipeline(config, known.ranks, rates, expected)
-        elif known.what == "generation":
-            lines = generation(config, known.ranks, rates, expected)
-        else:
+        if known.what == "limits":
             lines = limits(known.config, overrides, known.ranks, known.gpu)
+        else:
+            lines = TABLES[known.what](config, known.ranks, rates, expected)
         print("\n".join(lines))
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -117,6 +114,27 @@ def generation(
             f"{one.spread:>6g}  {one.way:10}{one.prompts_per_round:>10}{one.seconds:>9.1f}"
             f"{one.idle:>7.1%}{one.half:>11.0%}{one.mean_response:>15.0f}"
         )
+
+
+def exchanges(config: RunConfig, ranks: int, rates: Rates, expected: Expectations) -> Iterator[str]:
+    """Of one update of the policy; all mini-batches."""
+    rows, sent = scaling.exchanged(config, ranks, rates, expected)
+    yield "one update of the policy: MB (10^6) that a rank hands to each exchange"
+    yield f"{'':26}{'ranks':>6}{'first stage':>14}{'last stage':>14}"
+    for row in rows:
+        cells = f"{row.first / 1e6:>14,.3f}{row.last / 1e6:>14,.3f}"
+        yield f"{row.what:26}{row.ranks:>6}{cells}"
+    yield "sent in rings by a rank of the first stage, and what the planner counts of it, MB"
+    for group, (all_of_it, planned) in sent.items():
+        if planned:
+            yield f"{group:26}{'':>6}{all_of_it / 1e6:>14,.3f}{planned / 1e6:>14,.3f}"
+
+
+TABLES: dict[str, Callable[[RunConfig, int, Rates, Expectations], Iterator[str]]] = {
+    "pipeline": pipeline,
+    "generation": generation,
+    "exchanges": exchanges,
+}
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@
 its machines, each as options of `tools/plan.py step`; every one is planned and predicted anew, so
 that a change which helps one phase and harms another, or does not fit, shows both. `updates` sets
 the closed form of the pipeline's bubble beside the schedule, run through with packs as
-`data/packing.py` makes them. All of it is prediction: no GPU has confirmed any number.
+`data/packing.py` makes them, and `exchanged` the planner's bytes beside all that an update
+exchanges. All of it is prediction: no GPU has confirmed any number.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_prime.config import RunConfig
 from megatron_prime.planner import pipeline
 from megatron_prime.planner.door import machine_of
+from megatron_prime.planner.exchanges import Exchanges, Pack, on_the_wire
 from megatron_prime.planner.flops import Load, load_of
 from megatron_prime.planner.lengths import Expectations, response_lengths
 from megatron_prime.planner.memory import GIB, MemoryPlan
@@ -116,18 +119,61 @@ class Update:
     packs: Pipelined  # with those that data/packing.py makes, on the slowest replica
 
 
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a rank hands to one kind of exchange in an update of the policy."""
+
+    what: str  # "group operation"
+    ranks: int  # of the group
+    first: int  # bytes, on a rank of the first pipeline stage
+    last: int  # of the last
+
+
+def exchanged(
+    config: RunConfig, ranks: int, rates: Rates, expected: Expectations
+) -> tuple[list[Exchanged], dict[str, tuple[float, float]]]:
+    """All exchanges of an update; and by group what the first stage's rank sends in rings, and what
+    the planner counts of it."""
+    trainer, lengths = trainer_of("policy", config, ranks, rates), _lengths(config, expected)
+    sizes, size = trainer.sizes, trainer.knobs.mini_batch_size
+    found = [Counter[str](), Counter[str]()]
+    planned: Counter[str] = Counter()
+    for first in range(0, len(lengths), size):
+        mine = lengths[first : first + size]
+        replica = pipeline.packed(expected.mean_prompt, mine, trainer)[0]
+        packs = [Pack(int(load.tokens), int(load.wanted), 0) for load in replica.loads]
+        for counts, stage in zip(found, (0, sizes.pp - 1), strict=True):
+            counts.update(Exchanges(trainer, stage).update(packs, distributed=True))
+        share = load_of(expected.mean_prompt, mine) * (1 / trainer.data_parallel)
+        tp = sum(trainer.tensor_bytes(share, backward) for backward in (False, True))
+        handed = trainer.handed_bytes(share) * (2 * sizes.vpp - 1) if sizes.pp > 1 else 0.0
+        planned.update({"tp": tp, "ranks": handed, "dp": sum(trainer.shard_bytes())})
+    groups = {"tp": sizes.tp, "dp": sizes.cp * trainer.data_parallel, "cp": sizes.cp}
+    groups |= {"embedding": 2, "ranks": sizes.pp, "world": ranks, "replica": sizes.replica}
+    rows = [
+        Exchanged(what, groups[what.split()[0]], found[0][what], found[1][what])
+        for what in sorted({*found[0], *found[1]})
+    ]
+    wire = on_the_wire(found[0], groups)
+    return rows, {group: (sent, float(planned[group])) for group, sent in wire.items()}
+
+
 def updates(
     config: RunConfig, ranks: int, rates: Rates, expected: Expectations, virtual: Sequence[int]
 ) -> Iterator[Update]:
     """For each number of virtual stages that divides a stage's layers."""
-    trainer = trainer_of("policy", config, ranks, rates)
-    knobs, rows = config.rollout, config.rollout.prompts_per_step * config.rollout.group_size
-    most = knobs.max_response_length
-    lengths = response_lengths(rows, expected.mean_response, expected.spread, most)
+    trainer, lengths = trainer_of("policy", config, ranks, rates), _lengths(config, expected)
     for number in virtual:
         if trainer.shape.num_layers % (trainer.sizes.pp * number) == 0:
             sizes = replace(trainer.sizes, vpp=number)
             yield _update(replace(trainer, sizes=sizes), expected.mean_prompt, lengths)
+
+
+def _lengths(config: RunConfig, expected: Expectations) -> tuple[int, ...]:
+    """Of the responses that a step trains on."""
+    knobs = config.rollout
+    rows, most = knobs.prompts_per_step * knobs.group_size, knobs.max_response_length
+    return response_lengths(rows, expected.mean_response, expected.spread, most)
 
 
 def _update(trainer: Trainer, prompt: float, lengths: Sequence[int]) -> Update:

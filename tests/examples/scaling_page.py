@@ -1,0 +1,62 @@
+"""The blocks of docs/scaling.md that commands make, and the public model that they are for.
+
+`PYTHONPATH=. python tests/examples/scaling_page.py` writes them into the page anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slurm_plans import EXAMPLES, ROOT, model_of, plan, ranks_of
+
+import scaling  # of tools/, which slurm_plans put on the path
+
+PAGE = ROOT / "docs/scaling.md"
+NAMES = ("llama3.1-70b_64gpu", "llama3.1-70b_128gpu")
+COMMANDS: dict[str, tuple[Any, str]] = {  # block: program and its first word
+    "step": (plan, "step"),
+    "reshard": (plan, "reshard"),
+    "limits": (scaling, "limits"),
+    "pipeline": (scaling, "pipeline"),
+    "generation": (scaling, "generation"),
+    "exchanges": (scaling, "exchanges"),
+}
+_BLOCK = re.compile(r"(?<=<!-- )(\w+) (\d+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+
+
+def blocks() -> dict[tuple[str, str], str]:
+    """What stands in the page, by command and ranks."""
+    return {(found[1], found[2]): found[4] for found in _BLOCK.finditer(PAGE.read_text())}
+
+
+def wanted(block: str, ranks: str) -> str:
+    """What should stand there: the command, and what it prints today."""
+    name = next(one for one in NAMES if str(ranks_of(one)) == ranks)
+    program, word = COMMANDS[block]
+    toml = f"examples/{name}/prime.toml"
+    output = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
+        hf = model_of(name, Path(folder))
+        given = [f"--model.hf={hf}", f"--data.train={hf / 'config.json'}"]
+        program.main([word, str(EXAMPLES / name / "prime.toml"), "--ranks", ranks, *given])
+    shown = f"python tools/{program.__name__}.py {word} {toml} --ranks {ranks}"
+    return f"```\n$ {shown} --model.hf=DIR --data.train=FILE\n{output.getvalue()}```\n"
+
+
+def _write() -> None:
+    text = PAGE.read_text()
+    for block, ranks in blocks():
+        new = wanted(block, ranks)
+        place = re.compile(rf"(?<=<!-- {block} {ranks} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        text = place.sub(lambda _, new=new: new, text)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(_write())
