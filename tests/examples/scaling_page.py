@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from slurm_plans import EXAMPLES, ROOT, model_of, plan, ranks_of
 
-import scaling  # of tools/, which slurm_plans put on the path
+scaling = importlib.import_module("scaling")  # of tools/, which slurm_plans put on the path
 
 PAGE = ROOT / "docs/scaling.md"
 NAMES = ("llama3.1-70b_64gpu", "llama3.1-70b_128gpu")
@@ -27,12 +27,12 @@ COMMANDS: dict[str, tuple[Any, str]] = {  # block: program and its first word
     "generation": (scaling, "generation"),
     "exchanges": (scaling, "exchanges"),
 }
-_BLOCK = re.compile(r"(?<=<!-- )(\w+) (\d+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (\w+) (\d+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def blocks() -> dict[tuple[str, str], str]:
     """What stands in the page, by command and ranks."""
-    return {(found[1], found[2]): found[4] for found in _BLOCK.finditer(PAGE.read_text())}
+    return {(found[1], found[2]): found[3] for found in _BLOCK.finditer(PAGE.read_text())}
 
 
 def wanted(block: str, ranks: str) -> str:
@@ -50,13 +50,11 @@ def wanted(block: str, ranks: str) -> str:
 
 
 def _write() -> None:
-    text = PAGE.read_text()
-    for block, ranks in blocks():
-        new = wanted(block, ranks)
-        place = re.compile(rf"(?<=<!-- {block} {ranks} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        text = place.sub(lambda _, new=new: new, text)
-    PAGE.write_text(text)
+    def made(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} {found[2]} -->\n{wanted(found[1], found[2])}<!-- end -->"
+
+    PAGE.write_text(_BLOCK.sub(made, PAGE.read_text()))
 
 
 if __name__ == "__main__":
-    sys.exit(_write())
+    _write()
