@@ -67,8 +67,8 @@ def server(tokens: Path, response: int) -> Iterator[str]:
         process.wait()
 
 
-def predicted(name: str, folder: Path, response: int | None) -> float:
-    """Seconds of an example's step; None: with the usual third of the longest response."""
+def predicted(name: str, folder: Path, response: int) -> float:
+    """Seconds of an example's step if all responses have this length."""
     config = load(EXAMPLES / name / "prime.toml", [f"--model.hf={model_of(name, folder)}"])
     expected = Expectations.of(config, mean_response=response)
     rates = rates_of("h100")

@@ -9,7 +9,8 @@ has the greatest length. Where two prompts are sampled for one that is kept, `--
 256; rank 0 speaks to one of `--servers`, so it decodes and verifies that share of them, and all
 else is of all of them. Seconds are those of this process's CPU time, all threads, and beside it the
 time by the clock; what a stage's own servers and workers take is not in the first. Each stage is
-repeated; the least counts, for the machine may do other work.
+repeated; the least counts, for the machine may do other work. Some of it is done while servers
+generate, in threads beside; for the rest all GPUs wait.
 
 Prints Markdown tables, and compares with the step that the planner predicts.
 """
@@ -69,6 +70,7 @@ from megatron_prime.verify.pool import VerifierPool  # noqa: E402
 PROMPTS, GROUP, PROMPT = 256, 4, 1024
 RUNS = {2: "qwen2.5-math-7b_8gpu", 8: "llama3.1-70b_64gpu"}  # by their servers
 ONCE, IF_ASKED = "(once) tokenizing prompts", "(if asked for) rollout files"
+BESIDE = ("HTTP, JSON, checks", "decoding", "verifying (dispatch)")  # while servers generate
 WORKERS = 4  # as in the examples
 END = r" so the answer is \boxed{42}"
 
@@ -79,6 +81,7 @@ class Stages:
 
     cpu: dict[str, float] = field(default_factory=dict)
     wall: dict[str, float] = field(default_factory=dict)
+    pickled: int = 0  # bytes of one server's groups
 
     def measure(self, name: str, repeat: int, work: Callable[[], Any]) -> Any:
         """Do it; the last result."""
@@ -204,6 +207,7 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
         verified = measure("verifying (dispatch)", repeat, lambda: pool.verify(ended))
     assert all(group.outcome_rewards == (1.0,) * GROUP for group in verified)
     pickled = pickle.dumps(verified)  # every server's are objects of their own
+    stages.pickled = len(pickled)
     copies = [
         replace(group, prompt=replace(group.prompt, prompt_id=number * len(mine) + i))
         for number in range(servers)
@@ -253,25 +257,34 @@ def show(found: dict[int, Stages], response: int) -> None:
     names = list(next(iter(found.values())).cpu)
     print("| | " + " | ".join(f"1 of {n} servers: CPU s | by the clock" for n in found) + " |")
     print("|---" * (1 + 2 * len(found)) + "|")
-    each_step = [n for n in names if n not in (ONCE, IF_ASKED)]
     for name in names:
         cells = (f"{one.cpu[name]:.3f} | {one.wall[name]:.3f}" for one in found.values())
         print(f"| {name} | {' | '.join(cells)} |")
-    totals = {n: sum(one.cpu[name] for name in each_step) for n, one in found.items()}
-    clocks = {n: sum(one.wall[name] for name in each_step) for n, one in found.items()}
-    cells = (f"{totals[n]:.2f} | {clocks[n]:.2f}" for n in found)
-    print(f"| each step, together | {' | '.join(cells)} |")
+    waiting = [n for n in names if n not in (ONCE, IF_ASKED, *BESIDE)]
+    sums = {"while servers generate": BESIDE, "while GPUs wait": waiting}
+    for what, parts in sums.items():
+        cells = (
+            f"{sum(one.cpu[n] for n in parts):.2f} | {sum(one.wall[n] for n in parts):.2f}"
+            for one in found.values()
+        )
+        print(f"| each step, {what} | {' | '.join(cells)} |")
     print(f"\nresident at the peak: {resident('VmHWM') / 2**30:.2f} GiB")
     with tempfile.TemporaryDirectory() as folder:
         for servers in found:
             name = RUNS.get(servers)
             if name:
-                whole, third = (predicted(name, Path(folder), n) for n in (response, None))
+                seconds = predicted(name, Path(folder), response)
+                shares = {
+                    what: sum(found[servers].cpu[n] for n in parts) / seconds
+                    for what, parts in sums.items()
+                }
+                told = ", ".join(f"{share:.1%} {what}" for what, share in shares.items())
                 print(
-                    f"{name}: {totals[servers] / whole:.1%} of the {whole:.0f} s predicted for a "
-                    f"step of such responses, {totals[servers] / third:.1%} of the {third:.0f} s "
-                    "for responses of a third"
+                    f"{name}: CPU time is {sum(shares.values()):.1%} of the {seconds:.0f} s that a "
+                    f"step of such responses is predicted to take ({told})"
                 )
+        for servers, one in found.items():
+            print(f"groups of one of {servers} servers, pickled: {one.pickled / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
