@@ -226,7 +226,9 @@ class SglangClient:
     ) -> Any:
         """The answer to one call: JSON if it is that, else text."""
         kind, answer = await self._exchange(method, path, body, timeout_s)
-        return parsed(path, answer) if kind == "application/json" else answer.decode(errors="replace")
+        return (
+            parsed(path, answer) if kind == "application/json" else answer.decode(errors="replace")
+        )
 
     async def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
