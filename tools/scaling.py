@@ -38,12 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, rates = load(known.config, overrides), rates_of(known.gpu)
         expected = Expectations.of(config)
+        if known.ranks % config.parallel.replica:
+            raise ConfigError(
+                f"--ranks: found {known.ranks}, wanted a multiple of tensor × pipeline × context"
+                f" parallel = {config.parallel.replica}"
+            )
         if known.what == "limits":
             lines = limits(known.config, overrides, known.ranks, known.gpu)
         else:
             lines = TABLES[known.what](config, known.ranks, rates, expected)
         print("\n".join(lines))
-    except ConfigError as error:
+    except ValueError as error:  # ConfigErrors, and rows that no pack can hold
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -90,7 +95,9 @@ def pipeline(config: RunConfig, ranks: int, rates: Rates, expected: Expectations
     yield f"one update of the policy, PP {sizes.pp}, all mini-batches, without the optimizer:"
     yield "predicted seconds, waiting beside the busiest stage's work, micro-batches and tokens"
     yield f"{'':14}" + "".join(f"{way:>33}" for way in ("closed form", "equal parts", "packs"))
-    for one in scaling.updates(config, ranks, rates, expected, (1, 2, 4, 5)):
+    for one in scaling.updates(
+        config, ranks, rates, expected, (1, 2, 4, 5) if sizes.pp > 1 else (1,)
+    ):
         cells = "".join(
             f"{way.seconds:>9.2f} s {way.bubble:>6.1%}{way.micro_batches:>6}"
             f"{way.tokens / 1000:>7.0f} k"

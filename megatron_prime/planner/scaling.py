@@ -195,7 +195,7 @@ def _update(trainer: Trainer, prompt: float, lengths: Sequence[int]) -> Update:
 def _closed_form(trainer: Trainer, share: Load, count: int) -> Pipelined:
     sizes = trainer.sizes
     work = sum(trainer.pass_seconds(share, backward) for backward in (False, True))
-    handed = 2 * sizes.vpp * trainer.handed_on(share)
+    handed = 2 * sizes.vpp * trainer.handed_on(share) * (sizes.pp > 1)
     waiting = (sizes.pp - 1) / (count * sizes.vpp)
     return Pipelined(work * (1 + waiting) + handed, work, count, share.tokens)
 
