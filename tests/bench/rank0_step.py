@@ -188,6 +188,7 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
         ONCE, 1, lambda: load_prompts(folder / "train.jsonl", tokenizer, "none", 10_000)
     )
     prompts = [replace(one, token_ids=one.token_ids[:PROMPT]) for one in loaded.prompts]
+    assert all(len(one.token_ids) == PROMPT for one in prompts)
     stream = PromptStream(prompts, 1)
     measure("prompts", repeat, lambda: stream.take(sampled))
     mine = prompts[: sampled // servers]
