@@ -1,0 +1,60 @@
+r"""What our small language of expressions lacks goes to math-verify: integrals, sums, limits, …
+
+It parses LaTeX with a grammar of ANTLR into SymPy and simplifies. It takes 1/3 and 0.333333 for
+equal, so every decimal goes in as the fraction that it is. It knows no limit of time here:
+`math_limit.py` owns that.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from megatron_prime.verify.math_expression import is_number, number
+from megatron_prime.verify.math_notation import Tokens, UnreadableError, words
+
+# What is worth its time; garbage is not.
+_SENSIBLE = words(
+    r"\int \iint \sum \prod \lim \gcd \lcm \max \min \det \bmod \mod \operatorname"
+    r" \begin{vmatrix} \partial"
+)
+_FORBIDDEN = re.compile(r"\\(?:text|input|def|include|write)")
+MAX_TOKENS = 200
+
+
+def equivalent(gold: Tokens, answer: Tokens) -> bool:
+    """Whether math-verify takes two expressions, of which we could not read one, for equal."""
+    if max(len(gold), len(answer)) > MAX_TOKENS or not _SENSIBLE.intersection(gold + answer):
+        return False
+    try:
+        sides = [_latex(side) for side in (gold, answer)]
+    except UnreadableError:
+        return False
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Its own timeouts are off: they would turn the pool's failures into wrong answers. It warns of
+    # that, once.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    found = [
+        parse(rf"\boxed{{{side}}}", [LatexExtractionConfig()], parsing_timeout=None)
+        for side in sides
+    ]
+    parsed = [[one for one in side if not isinstance(one, str)] for side in found]
+    return bool(all(parsed) and verify(*parsed, timeout_seconds=None))
+
+
+def _latex(tokens: Tokens) -> str:
+    """Tokens as LaTeX again, with fractions for decimals."""
+    written = []
+    for token in tokens:
+        if is_number(token) and not token.isdigit():
+            value = number(token)
+            written.append(rf"\frac{{{value.numerator}}}{{{value.denominator}}}")
+        elif token[0] == '"':
+            written.append(rf"\text{{{token[1:]}}}")
+        else:
+            written.append({"*": r"\cdot", "°": r"^\circ"}.get(token, token))
+    text = " ".join(written)
+    if _FORBIDDEN.search(text):
+        raise UnreadableError("words in an expression")
+    return text
