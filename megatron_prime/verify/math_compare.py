@@ -1,4 +1,4 @@
-r"""When is an answer the gold answer? The gold decides how it is read; what differs in kind differs.
+r"""When is an answer the gold answer? The gold decides how it is read; other kinds differ.
 
 A pair is no set and no interval that is closed, a length no area. Where the kinds agree the parts
 are compared, in order for tuples and matrices, in any order for sets and roots. Two freedoms are
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 
-from megatron_prime.verify.math_library import equivalent
-from megatron_prime.verify.math_notation import UnreadableError
-from megatron_prime.verify.math_numbers import real_value, same
+from megatron_prime.verify.math_numbers import same
+from megatron_prime.verify.math_quantities import same_numerals, same_ratios, same_scalars
 from megatron_prime.verify.math_relations import interval, same_relation
 from megatron_prime.verify.math_sets import equal_sets
-from megatron_prime.verify.math_tree import Node, Number, Operation, Symbol, multiply
+from megatron_prime.verify.math_tree import Number
 from megatron_prime.verify.math_types import (
     Choice,
     Finite,
@@ -35,7 +33,6 @@ from megatron_prime.verify.math_types import (
     Unread,
     Value,
 )
-from megatron_prime.verify.math_units import DEGREE, Unit
 from megatron_prime.verify.math_words import plain
 
 MAX_UNORDERED = 30  # items whose order is free: each may meet each
@@ -54,13 +51,13 @@ def equal(gold: Value, answer: Value) -> bool:
     if isinstance(gold, Line) or isinstance(answer, Line):
         return _lines(gold, answer)
     if isinstance(gold, Scalar | Unread) and isinstance(answer, Scalar | Unread):
-        return _scalars(gold, answer)
+        return same_scalars(gold, answer)
     if isinstance(gold, Numeral) or isinstance(answer, Numeral):
-        return _numerals(gold, answer)
+        return same_numerals(gold, answer)
     if isinstance(gold, Matrix) or isinstance(answer, Matrix):
         return _matrices(gold, answer)
     if isinstance(gold, Ratio | Time) or isinstance(answer, Ratio | Time):
-        return _ratios(gold, answer)
+        return same_ratios(gold, answer)
     return _collections(gold, answer)
 
 
@@ -123,68 +120,6 @@ def _lines(gold: Value, answer: Value) -> bool:
     return golden is not None and given is not None and equal_sets(golden, given, same)
 
 
-def _scalars(gold: Scalar | Unread, answer: Scalar | Unread) -> bool:
-    if isinstance(gold, Unread) or isinstance(answer, Unread):
-        if gold.tokens == answer.tokens:
-            return True
-        if any(isinstance(one, Unread) and one.too_large for one in (gold, answer)):
-            return False
-        return equivalent(gold.tokens, answer.tokens)
-    if gold.unit is not None and answer.unit is None:
-        answer = _with_letter(answer, gold.unit)
-    if gold.unit is None or answer.unit is None:
-        if _same_number(gold.node, answer.node, gold.rounding):
-            return True
-        if gold.unit is None and answer.unit is None:
-            return False
-        radians = multiply(Operation("pi"), Number(Fraction(1, 180)))
-        golden, given = (
-            multiply(one.node, radians) if _in_degrees(one.unit) else one.node
-            for one in (gold, answer)
-        )
-        return (_in_degrees(gold.unit) or _in_degrees(answer.unit)) and same(golden, given)
-    if gold.unit.powers != answer.unit.powers:
-        return False
-    scale = answer.unit.factor / gold.unit.factor
-    return _same_number(gold.node, multiply(answer.node, Number(scale)), gold.rounding)
-
-
-def _in_degrees(unit: Unit | None) -> bool:
-    return unit is not None and unit.powers == ((DEGREE, 1),)
-
-
-def _with_letter(answer: Scalar, unit: Unit) -> Scalar:
-    """`5 m` is five times m, but five metres where metres are wanted."""
-    for letter, base in (("m", "m"), ("g", "g"), ("s", "s")):
-        if unit.powers == ((base, 1),) and isinstance(answer.node, Operation):
-            if answer.node.name == "*" and answer.node.args[-1] == Symbol(letter):
-                measured = multiply(*answer.node.args[:-1])
-                return Scalar(measured, Unit(Fraction(1), unit.powers), None, answer.tokens)
-    return answer
-
-
-def _same_number(gold: Node, answer: Node, rounding: Fraction | None) -> bool:
-    if rounding is None:
-        return same(gold, answer)
-    try:
-        distance = abs(real_value(gold) - real_value(answer))
-    except UnreadableError:
-        return False
-    return bool(distance <= real_value(Number(rounding)) * (1 + Fraction(1, 10**12)))
-
-
-def _numerals(gold: Value, answer: Value) -> bool:
-    if isinstance(gold, Numeral) and isinstance(answer, Numeral):
-        return gold.value == answer.value
-    if isinstance(gold, Numeral):
-        return isinstance(answer, Scalar) and same(Number(gold.value), answer.node)
-    if not isinstance(gold, Scalar) or not isinstance(answer, Numeral):
-        return False
-    # The question named the base, and the gold leaves it out.
-    written = answer.digits.isdigit() and Number(Fraction(int(answer.digits))) == gold.node
-    return written or same(gold.node, Number(answer.value))
-
-
 def _matrices(gold: Value, answer: Value) -> bool:
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         return len(gold.rows) == len(answer.rows) and all(
@@ -208,49 +143,15 @@ def _vector(value: Value) -> Sequence[Value] | None:
     return None
 
 
-def _ratios(gold: Value, answer: Value) -> bool:
-    if isinstance(gold, Time) and isinstance(answer, Time):
-        if gold.half and answer.half:
-            return (gold.hour, gold.minute, gold.half) == (answer.hour, answer.minute, answer.half)
-        hours = (
-            {_hour(gold), _hour(answer)} if gold.half or answer.half else {gold.hour, answer.hour}
-        )
-        same_clock = len(hours) == 1 or gold.hour == answer.hour
-        return same_clock and gold.minute == answer.minute
-    if isinstance(gold, Time):
-        return False
-    one, other = _parts(gold), _parts(answer)
-    if one is None or other is None or len(one) != len(other):
-        return False
-    return all(
-        same(multiply(a, other[0]), multiply(b, one[0])) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _hour(time: Time) -> int:
-    return time.hour % 12 + 12 * (time.half == "pm") if time.half else time.hour
-
-
-def _parts(value: Value) -> tuple[Node, ...] | None:
-    if isinstance(value, Ratio):
-        return value.parts
-    if isinstance(value, Time) and not value.half:
-        return Number(Fraction(value.hour)), Number(Fraction(value.minute))
-    if isinstance(value, Scalar) and value.unit is None:
-        return value.node, Number(Fraction(1))
-    return None
-
-
 def _collections(gold: Value, answer: Value) -> bool:
     golden, given = _items(gold), _items(answer)
     if golden is None or given is None:
         return False
-    ordered = [isinstance(one, Ordered) for one in (gold, answer)]
     kinds = {type(gold), type(answer)}
-    if any(ordered):
-        if kinds <= {Ordered, Listing}:
-            return len(golden) == len(given) and all(map(equal, golden, given))
-        return False
+    if Ordered in kinds:
+        # x = 1, y = 2 is a pair; 1, 2 are roots
+        alike = kinds == {Ordered} or _has_names(gold) or _has_names(answer)
+        return alike and len(golden) == len(given) and all(map(equal, golden, given))
     if kinds == {Listing} and all(isinstance(item, Named) for item in (*golden, *given)):
         names = [{item.name for item in items} for items in (golden, given)]  # type: ignore[union-attr]
         if len(names[0]) == len(golden) and names[0] != names[1] and not _one_root(golden, given):
@@ -276,6 +177,13 @@ def _items(value: Value) -> Sequence[Value] | None:
     if len(set(names)) == len(names):  # x = …, y = …: in the order of the names
         return sorted(value.items, key=lambda item: item.name if isinstance(item, Named) else "")
     return value.items
+
+
+def _has_names(value: Value) -> bool:
+    if not isinstance(value, Listing):
+        return False
+    names = {item.name for item in value.items if isinstance(item, Named)}
+    return len(names) == len(value.items)
 
 
 def _root(name: str) -> str:

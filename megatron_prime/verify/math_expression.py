@@ -8,9 +8,9 @@ What this small language lacks (integrals, sums, limits …) raises UnreadableEr
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
+from megatron_prime.verify.math_digits import MAX_DIGITS, is_number, number
 from megatron_prime.verify.math_notation import (
     CLOSING,
     FUNCTIONS,
@@ -31,13 +31,11 @@ from megatron_prime.verify.math_tree import (
     negative,
 )
 
-MAX_DIGITS = 400  # of a number in an expression
 MAX_NESTING = 60
 
 
 _CONSTANTS = {r"\pi": "pi", "e": "e", "i": "i", '"e': "e", '"i': "i", r"\imath": "i"}
 _NAMED = {f'"{name}': f"\\{name}" for name in FUNCTIONS} | {'"sqrt': r"\sqrt"}
-_NUMBER = re.compile(r"\.?[0-9]")
 _CALLS = frozenset([*(f"\\{name}" for name in FUNCTIONS), *_NAMED])
 _INVERSES = {name: f"arc{name}" for name in ("sin", "cos", "tan", "cot")}
 _PAIRS = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
@@ -59,26 +57,6 @@ def parse_expression(tokens: Tokens) -> Node:
     return node
 
 
-def number(token: str) -> Fraction:
-    """The value of a number's token."""
-    if len(token) > MAX_DIGITS:
-        raise UnreadableError("a number of too many digits")
-    if "(" in token:
-        digits, _, period = token.rstrip(")").partition("(")
-        scale = 10 ** len(digits.partition(".")[2])
-        repeated = Fraction(int(period), (10 ** len(period) - 1) * scale)
-        return Fraction(digits.rstrip(".") or 0) + repeated
-    mantissa, _, exponent = token.lower().partition("e")
-    if len(exponent) > 4:
-        raise UnreadableError("a number with too large an exponent")
-    return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-
-
-def is_number(token: str | None) -> bool:
-    """Whether a token is a number."""
-    return token is not None and _NUMBER.match(token) is not None
-
-
 class _Parser:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens, self._place = list(tokens), 0
@@ -90,7 +68,7 @@ class _Parser:
 
     def _ahead(self, distance: int) -> str | None:
         place = self._place + distance
-        return self._tokens[place] if place < len(self._tokens) else None
+        return self._tokens[place] if 0 <= place < len(self._tokens) else None
 
     def _next(self) -> str:
         token = self.token

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import re
 
-from megatron_prime.verify.math_expression import is_number, number
-from megatron_prime.verify.math_notation import Tokens, UnreadableError, words
+from megatron_prime.verify.math_digits import is_number, number
+from megatron_prime.verify.math_notation import Tokens, UnreadableError, tokenize, words
 
 # What is worth its time; garbage is not.
 _SENSIBLE = words(
@@ -41,6 +41,12 @@ def equivalent(gold: Tokens, answer: Tokens) -> bool:
     ]
     parsed = [[one for one in side if not isinstance(one, str)] for side in found]
     return bool(all(parsed) and verify(*parsed, timeout_seconds=None))
+
+
+def warm_up() -> None:
+    """Import math-verify and build its grammar, which takes seconds."""
+    if not equivalent(tokenize("1"), tokenize(r"\int_0^1 2x\,dx")):
+        raise RuntimeError("math-verify doesn't know that the integral of 2x from 0 to 1 is 1")
 
 
 def _latex(tokens: Tokens) -> str:

@@ -1,4 +1,4 @@
-r"""Matrices and vectors: `\begin{pmatrix}…\end{pmatrix}`, brackets around an array, a factor before."""
+r"""Matrices and vectors: `\begin{pmatrix}…\end{pmatrix}`, an array in brackets, a factor before."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ is open: `1,234` is a number, `(1,234)` a pair. `thousands=False` reads the form
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 MAX_DEPTH = 40  # of braces and brackets; answers of the data stay below ten
 
@@ -101,10 +102,8 @@ _JOINING = re.compile(r"\b(and|or)\b|[,&]")
 
 def tokenize(text: str, thousands: bool = True) -> Tokens:
     r"""The tokens of an answer; UnreadableError if its brackets are nested too deeply."""
-    for mark in ("$$", r"\(", r"\)", r"\[", r"\]"):
-        text = text.replace(mark, " ")
-    text = re.sub(r"(?<!\\)\$", " ", text).translate(_TO_LATEX).strip()
     text = re.sub(r"\\\\\s*\[[^\]]*\]", r"\\\\ ", text)  # the distance between two rows
+    text = re.sub(r"(?<!\\)(?:\\[\[\]()]|\$)", " ", text).translate(_TO_LATEX).strip()
     text = re.sub(r"\\(?:left|right)\s*\.|\\h?phantom\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}", "", text)
     text = _DEGREE.sub("°", text)
     text = _GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
@@ -215,3 +214,28 @@ ALONE = words(
     r" \times \pmod \pi \Pi \psi \phi \xi \Xi \Psi \Phi \zeta \beta \theta \iota \in \notin \mu \nu"
     r" \exp \log \ln \tau \rho \chi \cdot \piv \prod \min \max \limsup \lim \sup \pm"
 )
+
+
+def closes(tokens: Tokens) -> int:
+    """Where the bracket that opens first is closed; -1 if nowhere."""
+    depth = 0
+    for place, token in enumerate(tokens):
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth == 0:
+            return place
+    return -1
+
+
+def split(tokens: Tokens, separators: Collection[str]) -> tuple[list[Tokens], list[str]]:
+    """The parts between separators outside all brackets, and the separators."""
+    parts: list[Tokens] = []
+    found: list[str] = []
+    depth = start = 0
+    for place, token in enumerate(tokens):
+        depth += token in OPENING or token.startswith(r"\begin")
+        depth -= token in CLOSING or token.startswith(r"\end")
+        if depth <= 0 and token in separators:
+            parts.append(tokens[start:place])
+            found.append(token)
+            start = place + 1
+    return [*parts, tokens[start:]], found

@@ -114,6 +114,8 @@ def _context(digits: int) -> Any:
 
 def real_value(node: Node, digits: int = 50) -> Any:
     """The value of a real constant; UnreadableError if it isn't one."""
+    if symbols(node):
+        raise UnreadableError("not a constant")
     try:
         return value_at(node, {}, True, digits)
     except (_UndefinedError, ZeroDivisionError) as error:

@@ -8,49 +8,36 @@ no expression either is `Unread`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from fractions import Fraction
+from collections.abc import Callable
 
-from megatron_prime.verify.math_exact import TooLargeError
-from megatron_prime.verify.math_expression import is_number, number, parse_expression
+from megatron_prime.verify.math_expression import parse_expression
 from megatron_prime.verify.math_matrix import read_matrix
 from megatron_prime.verify.math_notation import (
-    CLOSING,
-    OPENING,
     Tokens,
     UnreadableError,
+    closes,
+    split,
     tokenize,
     words,
 )
 from megatron_prime.verify.math_relations import INEQUALITIES, combined, inequality, interval
-from megatron_prime.verify.math_sets import LINE, Combined
-from megatron_prime.verify.math_tree import Node, Number, Operation, multiply
+from megatron_prime.verify.math_sets import LINE, Combined, Span
+from megatron_prime.verify.math_single import read_numeral, read_ratio, read_scalar
 from megatron_prime.verify.math_types import (
     Choice,
     Finite,
     Line,
     Listing,
     Named,
-    Numeral,
     Ordered,
-    Ratio,
     Relation,
-    Scalar,
-    Text,
-    Time,
     Unread,
     Value,
 )
-from megatron_prime.verify.math_units import split_unit
-from megatron_prime.verify.math_words import number_word, read_words
+from megatron_prime.verify.math_words import read_words
 
 MAX_ITEMS = 100
 _LETTERS = words("A B C D E F G H I J")
-_BASES = {
-    name: base
-    for base, name in enumerate("two three four five six seven eight nine ten".split(), 2)
-}
-_BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
 _SEPARATORS = (",", ";", '"and', '"or')
 _NEEDLESS = frozenset(['"answer', '"the answer is', '"answer is', "=", ":", r"\approx", ",", ";"])
 _INFINITE = ((r"\infty",), ("+", r"\infty"), ("-", r"\infty"))
@@ -76,36 +63,11 @@ def _stripped(tokens: Tokens) -> Tokens:
             tokens = tokens[1:]
         elif tokens[-1] in _NEEDLESS or tokens[-1] == ".":
             tokens = tokens[:-1]
-        elif tokens[0] == "{" and _closes(tokens) == len(tokens) - 1:
+        elif tokens[0] == "{" and closes(tokens) == len(tokens) - 1:
             tokens = tokens[1:-1]
         else:
             return tokens
     raise UnreadableError("nothing there")
-
-
-def _closes(tokens: Tokens) -> int:
-    """Where the bracket that opens first is closed; -1 if nowhere."""
-    depth = 0
-    for place, token in enumerate(tokens):
-        depth += (token in OPENING) - (token in CLOSING)
-        if depth == 0:
-            return place
-    return -1
-
-
-def _split(tokens: Tokens, separators: Collection[str]) -> tuple[list[Tokens], list[str]]:
-    """The parts between separators outside all brackets, and the separators."""
-    parts: list[Tokens] = []
-    found: list[str] = []
-    depth = start = 0
-    for place, token in enumerate(tokens):
-        depth += token in OPENING or token.startswith(r"\begin")
-        depth -= token in CLOSING or token.startswith(r"\end")
-        if depth <= 0 and token in separators:
-            parts.append(tokens[start:place])
-            found.append(token)
-            start = place + 1
-    return [*parts, tokens[start:]], found
 
 
 def _read_choice(tokens: Tokens) -> Value | None:
@@ -127,7 +89,7 @@ def _read_choice(tokens: Tokens) -> Value | None:
 
 
 def _read_list(tokens: Tokens) -> Value | None:
-    parts, separators = _split(tokens, _SEPARATORS)
+    parts, separators = split(tokens, _SEPARATORS)
     kept = [_stripped(part) for part in parts if part]
     if not separators or len(kept) > MAX_ITEMS:
         return None
@@ -151,8 +113,8 @@ def _is_family(part: Tokens) -> bool:
 def _read_relation(tokens: Tokens) -> Value | None:
     for arrow in (r"\Rightarrow", r"\implies", r"\Longrightarrow", r"\rightarrow"):
         if arrow in tokens:
-            return _value(_split(tokens, (arrow,))[0][-1])
-    parts, signs = _split(tokens, ("=", r"\in", r"\approx", r"\equiv", r"\neq", *INEQUALITIES))
+            return _value(split(tokens, (arrow,))[0][-1])
+    parts, signs = split(tokens, ("=", r"\in", r"\approx", r"\equiv", r"\neq", *INEQUALITIES))
     if not signs or not all(parts):
         return None
     if signs == [r"\in"]:
@@ -211,7 +173,7 @@ def _read_set(tokens: Tokens) -> Value | None:
         return Line(LINE)
     if joined in (r"\emptyset", r"\{\}", r"\{\emptyset\}"):
         return Finite(())
-    parts, signs = _split(tokens, (r"\cup", r"\cap", r"\setminus"))
+    parts, signs = split(tokens, (r"\cup", r"\cap", r"\setminus"))
     if not signs:
         return None
     if not all(parts) or len(parts) > MAX_ITEMS:
@@ -229,11 +191,11 @@ def _read_set(tokens: Tokens) -> Value | None:
 def _read_brackets(tokens: Tokens) -> Value | None:
     opening, end = tokens[0], tokens[-1]
     if (opening == "]" or end == "[") and opening in "[]" and end in "[]":  # ]0,1[
-        parts, _ = _split(tokens[1:-1], (",", ";"))
+        parts, _ = split(tokens[1:-1], (",", ";"))
         return _span(parts, opening == "[", end == "]") if len(parts) == 2 else None
-    if opening not in ("(", "[", r"\{", r"\langle") or _closes(tokens) != len(tokens) - 1:
+    if opening not in ("(", "[", r"\{", r"\langle") or closes(tokens) != len(tokens) - 1:
         return None
-    parts, _ = _split(tokens[1:-1], (",", ";"))
+    parts, _ = split(tokens[1:-1], (",", ";"))
     if len(parts) > MAX_ITEMS or not all(parts):
         return Unread(tokens)
     if opening == r"\{":
@@ -249,7 +211,7 @@ def _read_brackets(tokens: Tokens) -> Value | None:
 
 
 def _braces(inside: Tokens, parts: list[Tokens]) -> Value:
-    condition, bars = _split(inside, (":", "|"))
+    condition, bars = split(inside, (":", "|"))
     if len(bars) == 1 and len(condition[0]) in (1, 5) and condition[0][0].isalpha():
         return _value(condition[1])  # {x : x > 2}
     items: list[Value] = []
@@ -260,8 +222,6 @@ def _braces(inside: Tokens, parts: list[Tokens]) -> Value:
 
 
 def _span(parts: list[Tokens], low_closed: bool, high_closed: bool) -> Value:
-    from megatron_prime.verify.math_sets import Span
-
     low, high = (None if part in _INFINITE else parse_expression(part) for part in parts)
     if parts[0] in _INFINITE[:2] or parts[1] == _INFINITE[2]:
         raise UnreadableError("an interval that ends before it begins")
@@ -276,85 +236,7 @@ def _read_plus_minus(tokens: Tokens) -> Value | None:
     return Listing(tuple(values))
 
 
-_CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])([ap]m)?")
-
-
-def _read_ratio(tokens: Tokens) -> Value | None:
-    parts, colons = _split(tokens, (":",))
-    if not colons or len(parts) > 6 or not all(parts):
-        return None
-    clock = _CLOCK.fullmatch("".join(tokens).replace('"', "").replace(".", "").lower())
-    if clock and len(parts) == 2:
-        return Time(int(clock[1]), int(clock[2]), clock[3] or "")
-    return Ratio(tuple(parse_expression(part) for part in parts))
-
-
-_NUMERAL = re.compile(r"(\()?([0-9][0-9A-Za-z]*|[0-9A-Za-z]+(?=\)))(?(1)\))_\{?([0-9]+|[a-z]+)\}?")
-
-
-def _read_numeral(tokens: Tokens) -> Value | None:
-    if "_" not in tokens or len(tokens) > 80:
-        return None
-    match = _NUMERAL.fullmatch("".join(tokens).replace('"', ""))
-    base = _BASES.get(match[3], int(match[3]) if match[3].isdigit() else 0) if match else 0
-    if match is None or not 2 <= base <= 36 or len(match[2]) > 200:
-        return None
-    try:
-        return Numeral(match[2].upper(), base, Fraction(int(match[2], base)))
-    except ValueError:  # a digit that the base doesn't have
-        return None
-
-
-def read_scalar(tokens: Tokens) -> Value:
-    """An expression with its unit."""
-    try:
-        measured, unit, is_percent = split_unit(tokens)
-        if len(measured) == 1 and (word := number_word(measured[0])) is not None:
-            return Scalar(Number(Fraction(word)), unit)
-        node = parse_expression(measured)
-    except TooLargeError:
-        return Unread(tokens, too_large=True)
-    except UnreadableError:
-        return Unread(tokens)
-    scale = Fraction(1, 100) if is_percent else Fraction(1)
-    rounding = _rounding(measured)
-    return Scalar(
-        multiply(node, Number(scale)) if is_percent else node,
-        unit,
-        None if rounding is None else rounding * scale,
-        tokens,
-    )
-
-
-def _rounding(tokens: Tokens) -> Fraction | None:
-    """Half of the last digit of a decimal, if it may have been rounded.
-
-    Nothing may be rounded in 142.0, which is how tables write whole numbers, and in a decimal of
-    one digit: 0.5 is a half.
-    """
-    tokens = tokens[1:] if tokens[:1] == ("-",) else tokens
-    decimal, power = tokens[:1], tokens[1:]
-    if not decimal or not is_number(decimal[0]) or "." not in decimal[0] or "(" in decimal[0]:
-        return None
-    scale = Fraction(1)
-    if power:
-        if power[:3] != ("*", "10", "^"):
-            return None
-        exponent = "".join(power[3:]).strip("{}")
-        if not re.fullmatch("-?[0-9]{1,4}", exponent):
-            return None
-        scale = Fraction(10) ** int(exponent)
-    mantissa, _, exponent = decimal[0].lower().partition("e")
-    digits = mantissa.partition(".")[2]
-    if not digits.strip("0") and not power and not exponent:
-        return None
-    if len(mantissa.replace(".", "").lstrip("0")) < 2:
-        return None
-    number(decimal[0])  # of a reasonable size
-    return scale * Fraction(10) ** (int(exponent or 0) - len(digits)) / 2
-
-
 _READERS: tuple[Callable[[Tokens], Value | None], ...] = (
     read_words, _read_choice, _read_list, _read_relation, _read_set, _read_brackets,
-    read_matrix, _read_plus_minus, _read_ratio, _read_numeral,
+    read_matrix, _read_plus_minus, read_ratio, read_numeral,
 )  # fmt: skip

@@ -81,11 +81,10 @@ def _sorted(ends: list[Node]) -> list[Node]:
 
     def order(one: Node, other: Node) -> int:
         difference = real_value(one) - real_value(other)
-        return (difference > 0) - (difference < 0)
+        return int(difference > 0) - int(difference < 0)
 
     found = sorted(ends, key=cmp_to_key(order))
-    repeated = [False, *(same(one, other) for one, other in pairwise(found))]
-    return [end for end, again in zip(found, repeated, strict=True) if not again]
+    return found[:1] + [other for one, other in pairwise(found) if not same(one, other)]
 
 
 def _has(real_set: RealSet, place: int, ends: list[Node]) -> bool:

@@ -88,7 +88,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """An equation or inequality that isn't solved: `left sign right`, with sign one of = < <= !=."""
+    r"""An equation or inequality that isn't solved; the sign is one of = < \leq \neq."""
 
     left: Node
     sign: str

@@ -72,7 +72,9 @@ def split_unit(tokens: Tokens) -> tuple[Tokens, Unit | None, bool]:
     if start in (0, len(tokens)):
         return tokens, None, False
     unit = _unit(tokens[start:])
-    return (tokens, None, False) if unit is None else (tokens[:start], unit or None, False)
+    if unit is None:
+        return tokens, None, False
+    return tokens[:start], unit if unit.powers else None, False
 
 
 def _belongs(tokens: Tokens, place: int) -> bool:
@@ -83,8 +85,8 @@ def _belongs(tokens: Tokens, place: int) -> bool:
     return token == "^" or token == "-" or (token.isdigit() and behind_power)
 
 
-def _unit(tokens: Tokens) -> Unit | bool | None:
-    """The unit of these tokens; False if it says nothing (`units`), None if it is none."""
+def _unit(tokens: Tokens) -> Unit | None:
+    """The unit of these tokens, without powers if it says nothing (`units`); None if it is none."""
     text = " ".join(" degree " if token == "°" else token.removeprefix('"') for token in tokens)
     text = re.sub(r"[{}]", "", text).replace("^ ", "^").replace(" ^", "^").replace("*", " ")
     text = text.replace("- ", "-")
@@ -118,7 +120,7 @@ def _unit(tokens: Tokens) -> Unit | bool | None:
     if "mph" in powers:
         powers = {"m": powers["mph"], "s": -powers.pop("mph")}
         factor *= Fraction("0.44704")
-    return Unit(factor, tuple(sorted(powers.items()))) if powers else False
+    return Unit(factor, tuple(sorted(powers.items())))
 
 
 def _singular(word: str) -> str:

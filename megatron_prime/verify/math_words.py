@@ -10,7 +10,10 @@ from megatron_prime.verify.math_sets import LINE
 from megatron_prime.verify.math_tree import Number
 from megatron_prime.verify.math_types import Finite, Line, Scalar, Text, Value
 
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 _NOTHING = re.compile(
     r"no (?:real |such |integer )?(?:solutions?|roots?|values?|numbers?|answers?)(?: exists?)?"
     r"|none|(?:the )?(?:empty|null) set"
@@ -32,15 +35,15 @@ def read_words(tokens: Tokens) -> Value | None:
         return Finite(())
     if _EVERYTHING.fullmatch(text):
         return Line(LINE)
-    if text in _NUMBERS:
-        return Scalar(Number(Fraction(_NUMBERS.index(text))))
+    if text in NUMBERS:
+        return Scalar(Number(Fraction(NUMBERS.index(text))))
     return Text("undefined" if _UNDEFINED.fullmatch(text) else text)
 
 
 def number_word(token: str) -> int | None:
     """The number that a word says."""
     word = token.removeprefix('"').lower()
-    return _NUMBERS.index(word) if token[0] == '"' and word in _NUMBERS else None
+    return NUMBERS.index(word) if token[0] == '"' and word in NUMBERS else None
 
 
 def plain(text: str) -> str:
