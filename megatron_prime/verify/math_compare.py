@@ -12,7 +12,12 @@ import re
 from collections.abc import Sequence
 
 from megatron_prime.verify.math_numbers import same
-from megatron_prime.verify.math_quantities import same_numerals, same_ratios, same_scalars
+from megatron_prime.verify.math_quantities import (
+    same_numerals,
+    same_ratios,
+    same_residues,
+    same_scalars,
+)
 from megatron_prime.verify.math_relations import interval, same_relation
 from megatron_prime.verify.math_sets import equal_sets
 from megatron_prime.verify.math_tree import Number
@@ -27,6 +32,7 @@ from megatron_prime.verify.math_types import (
     Ordered,
     Ratio,
     Relation,
+    Residue,
     Scalar,
     Text,
     Time,
@@ -52,6 +58,8 @@ def equal(gold: Value, answer: Value) -> bool:
         return _lines(gold, answer)
     if isinstance(gold, Scalar | Unread) and isinstance(answer, Scalar | Unread):
         return same_scalars(gold, answer)
+    if isinstance(gold, Residue) or isinstance(answer, Residue):
+        return same_residues(gold, answer)
     if isinstance(gold, Numeral) or isinstance(answer, Numeral):
         return same_numerals(gold, answer)
     if isinstance(gold, Matrix) or isinstance(answer, Matrix):

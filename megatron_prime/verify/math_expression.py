@@ -262,6 +262,8 @@ class _Parser:
             return Operation(_CONSTANTS[token])
         if token in _DECORATIONS:
             return Symbol(token + self._raw())
+        if token == r"\infty":
+            return Symbol(token)
         letter = token.isalpha() and token.isascii()
         if not (letter or token in _GREEK or (token[0] == '"' and token[1:].isalpha())):
             raise UnreadableError(f"found {token!r} in an expression")

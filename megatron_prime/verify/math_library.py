@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import pairwise
 
 from megatron_prime.verify.math_digits import is_number, number
 from megatron_prime.verify.math_notation import Tokens, UnreadableError, tokenize, words
@@ -20,12 +21,15 @@ _SENSIBLE = words(
 )
 _FORBIDDEN = re.compile(r"\\(?:text|input|def|include|write)")
 MAX_TOKENS = 200
+MAX_EXPONENT = 100
 
 
 def equivalent(gold: Tokens, answer: Tokens) -> bool:
     """Whether math-verify takes two expressions, of which we could not read one, for equal."""
     if max(len(gold), len(answer)) > MAX_TOKENS or not _SENSIBLE.intersection(gold + answer):
         return False
+    if any(_exponent(side) > MAX_EXPONENT for side in (gold, answer)):
+        return False  # a power of a sum would be multiplied out
     try:
         sides = [_latex(side) for side in (gold, answer)]
     except UnreadableError:
@@ -41,6 +45,12 @@ def equivalent(gold: Tokens, answer: Tokens) -> bool:
     ]
     parsed = [[one for one in side if not isinstance(one, str)] for side in found]
     return bool(all(parsed) and verify(*parsed, timeout_seconds=None))
+
+
+def _exponent(tokens: Tokens) -> int:
+    """The largest whole number behind a ^."""
+    behind = (token for before, token in pairwise(t for t in tokens if t != "{") if before == "^")
+    return max((int(token[:9]) for token in behind if token.isdigit()), default=0)
 
 
 def warm_up() -> None:

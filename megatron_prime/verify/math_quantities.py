@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_prime.verify.math_exact import exact
+from megatron_prime.verify.math_exact import TooLargeError, exact
 from megatron_prime.verify.math_library import equivalent
 from megatron_prime.verify.math_notation import UnreadableError
 from megatron_prime.verify.math_numbers import real_value, same
 from megatron_prime.verify.math_tree import Node, Number, Operation, Symbol, multiply
-from megatron_prime.verify.math_types import Numeral, Ratio, Scalar, Time, Unread, Value
+from megatron_prime.verify.math_types import Numeral, Ratio, Residue, Scalar, Time, Unread, Value
 from megatron_prime.verify.math_units import DEGREE, Unit
 
 
@@ -22,7 +22,7 @@ def same_scalars(gold: Scalar | Unread, answer: Scalar | Unread) -> bool:
     if isinstance(gold, Unread) or isinstance(answer, Unread):
         if gold.tokens == answer.tokens:
             return True
-        if any(isinstance(one, Unread) and one.too_large for one in (gold, answer)):
+        if _too_large(gold) or _too_large(answer):
             return False
         return equivalent(gold.tokens, answer.tokens)
     if gold.unit is not None and answer.unit is None:
@@ -42,6 +42,19 @@ def same_scalars(gold: Scalar | Unread, answer: Scalar | Unread) -> bool:
         return False
     scale = answer.unit.factor / gold.unit.factor
     return _same_number(gold.node, multiply(answer.node, Number(scale)), gold.rounding)
+
+
+def _too_large(value: Scalar | Unread) -> bool:
+    """Whether the library should be spared this number."""
+    if isinstance(value, Unread):
+        return value.too_large
+    try:
+        real_value(value.node)
+    except TooLargeError:
+        return True
+    except UnreadableError:  # with variables, or not real
+        pass
+    return False
 
 
 def _in_degrees(unit: Unit | None) -> bool:
@@ -83,6 +96,20 @@ def same_numerals(gold: Value, answer: Value) -> bool:
         return False
     # The question named the base, and the gold leaves it out.
     return answer.digits.isdigit() and Number(Fraction(int(answer.digits))) == gold.node
+
+
+def same_residues(gold: Value, answer: Value) -> bool:
+    """Two numbers modulo the same; the modulus of one may be left to the question."""
+    if isinstance(gold, Residue) and isinstance(answer, Residue):
+        numbers = (gold.value.node, answer.value.node, gold.modulus, answer.modulus)
+        first, second, modulus, other = map(exact, numbers)
+        if first is None or second is None or not modulus or modulus != other:
+            return False
+        return (first - second) % modulus == 0
+    golden, given = (one.value if isinstance(one, Residue) else one for one in (gold, answer))
+    if not isinstance(golden, Scalar) or not isinstance(given, Scalar):
+        return False
+    return same_scalars(golden, given)
 
 
 def same_ratios(gold: Value, answer: Value) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from megatron_prime.verify.math_expression import parse_expression
 from megatron_prime.verify.math_matrix import read_matrix
@@ -22,7 +23,8 @@ from megatron_prime.verify.math_notation import (
 )
 from megatron_prime.verify.math_relations import INEQUALITIES, combined, inequality, interval
 from megatron_prime.verify.math_sets import LINE, Combined, Span
-from megatron_prime.verify.math_single import read_numeral, read_ratio, read_scalar
+from megatron_prime.verify.math_single import read_numeral, read_ratio, read_residue, read_scalar
+from megatron_prime.verify.math_tree import Number
 from megatron_prime.verify.math_types import (
     Choice,
     Finite,
@@ -38,6 +40,10 @@ from megatron_prime.verify.math_words import read_words
 
 MAX_ITEMS = 100
 _LETTERS = words("A B C D E F G H I J")
+_OPTION = re.compile(
+    r'"(?:(?:option|choice|answer) [(]?([A-J])|[(]\s*([A-J])\s*[)]|((?-i:[A-J])))[) .:]*',
+    re.IGNORECASE,
+)
 _SEPARATORS = (",", ";", '"and', '"or')
 _NEEDLESS = frozenset(['"answer', '"the answer is', '"answer is', "=", ":", r"\approx", ",", ";"])
 _INFINITE = ((r"\infty",), ("+", r"\infty"), ("-", r"\infty"))
@@ -59,7 +65,7 @@ def _value(tokens: Tokens) -> Value:
 
 def _stripped(tokens: Tokens) -> Tokens:
     while tokens:
-        if tokens[0].lower() in _NEEDLESS:
+        if tokens[0].lower().rstrip(": ") in _NEEDLESS or tokens[0] in _NEEDLESS:
             tokens = tokens[1:]
         elif tokens[-1] in _NEEDLESS or tokens[-1] == ".":
             tokens = tokens[:-1]
@@ -71,8 +77,9 @@ def _stripped(tokens: Tokens) -> Tokens:
 
 
 def _read_choice(tokens: Tokens) -> Value | None:
-    first = tokens[0].strip('"() .:').upper() if tokens[0][0] == '"' else ""
-    if first in _LETTERS:
+    written = _OPTION.fullmatch(tokens[0])
+    if written:
+        first = (written[1] or written[2] or written[3]).upper()
         rest = tokens[1:]
     elif len(tokens) > 2 and tokens[0] == "(" and tokens[1] in _LETTERS and tokens[2] == ")":
         first, rest = tokens[1], tokens[3:]
@@ -173,6 +180,8 @@ def _read_set(tokens: Tokens) -> Value | None:
         return Line(LINE)
     if joined in (r"\emptyset", r"\{\}", r"\{\emptyset\}"):
         return Finite(())
+    if joined in (r"\mathbb{R}^+", r"\mathbb{R}^{+}", r"\mathbb{R}_{>0}", r"\mathbb{R}_+"):
+        return Line(Span(Number(Fraction(0)), None))
     parts, signs = split(tokens, (r"\cup", r"\cap", r"\setminus"))
     if not signs:
         return None
@@ -212,7 +221,8 @@ def _read_brackets(tokens: Tokens) -> Value | None:
 
 def _braces(inside: Tokens, parts: list[Tokens]) -> Value:
     condition, bars = split(inside, (":", "|"))
-    if len(bars) == 1 and len(condition[0]) in (1, 5) and condition[0][0].isalpha():
+    of_what = condition[0]
+    if len(bars) == 1 and of_what[0].isalpha() and of_what[1:2] in ((), (r"\in",)):
         return _value(condition[1])  # {x : x > 2}
     items: list[Value] = []
     for part in parts:
@@ -237,6 +247,6 @@ def _read_plus_minus(tokens: Tokens) -> Value | None:
 
 
 _READERS: tuple[Callable[[Tokens], Value | None], ...] = (
-    read_words, _read_choice, _read_list, _read_relation, _read_set, _read_brackets,
-    read_matrix, _read_plus_minus, read_ratio, read_numeral,
+    _read_choice, read_words, _read_list, _read_relation, _read_set, _read_brackets,
+    read_matrix, _read_plus_minus, read_residue, read_ratio, read_numeral,
 )  # fmt: skip

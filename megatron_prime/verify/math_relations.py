@@ -83,13 +83,31 @@ def _link(left: Node, sign: str, right: Node) -> Value:
     else:
         solved = _solved(add(left, negative(right)), name)
         if solved is None:
-            return relation
+            return _distance(left, sign, right) or relation
         bound, is_upper = solved
     if sign == r"\neq":
         return Line(Combined("not", (LINE, Points((bound,)))), name)
     closed = sign == r"\leq"
     span = Span(None, bound, False, closed) if is_upper else Span(bound, None, closed, False)
     return Line(span, name)
+
+
+def _distance(left: Node, sign: str, right: Node) -> Value | None:
+    """|x - 1| < 3 and 3 < |x - 1|; None if it isn't of this kind."""
+    is_near = isinstance(left, Operation) and left.name == "abs"
+    absolute, bound = (left, right) if is_near else (right, left)
+    if not isinstance(absolute, Operation) or absolute.name != "abs" or symbols(bound):
+        return None
+    inside = absolute.args[0]
+    if is_near:
+        links = _link(negative(bound), sign, inside), _link(inside, sign, bound)
+    else:
+        links = _link(inside, sign, negative(bound)), _link(bound, sign, inside)
+    lines = [link for link in links if isinstance(link, Line)]
+    if len(lines) < len(links) or sign == r"\neq":
+        return None
+    name = "and" if is_near else "or"
+    return Line(Combined(name, tuple(line.real_set for line in lines)), lines[0].variable)
 
 
 def _solved(difference: Node, name: str) -> tuple[Node, bool] | None:

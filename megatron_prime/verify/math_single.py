@@ -10,26 +10,38 @@ from megatron_prime.verify.math_exact import TooLargeError
 from megatron_prime.verify.math_expression import parse_expression
 from megatron_prime.verify.math_notation import Tokens, UnreadableError, split
 from megatron_prime.verify.math_tree import Number, multiply
-from megatron_prime.verify.math_types import Numeral, Ratio, Scalar, Time, Unread, Value
+from megatron_prime.verify.math_types import Numeral, Ratio, Residue, Scalar, Time, Unread, Value
 from megatron_prime.verify.math_units import split_unit
 from megatron_prime.verify.math_words import NUMBERS, number_word
 
 _BASES = {name: base for base, name in enumerate(NUMBERS) if base > 1} | {"sixteen": 16}
-_CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])([ap]m)?")
+_CLOCK = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?([ap]m)?")
 
 
 def read_ratio(tokens: Tokens) -> Value | None:
     """A ratio or a time of day."""
+    written = "".join(tokens).replace('"', "").replace(".", "").lower() if len(tokens) < 10 else ""
+    clock = _CLOCK.fullmatch(written)
+    if clock and (clock[2] or clock[3]):
+        return Time(int(clock[1]), int(clock[2] or 0), clock[3] or "")
     parts, colons = split(tokens, (":",))
     if not colons or len(parts) > 6 or not all(parts):
         return None
-    clock = _CLOCK.fullmatch("".join(tokens).replace('"', "").replace(".", "").lower())
-    if clock and len(parts) == 2:
-        return Time(int(clock[1]), int(clock[2]), clock[3] or "")
     return Ratio(tuple(parse_expression(part) for part in parts))
 
 
 _NUMERAL = re.compile(r"(\()?([0-9][0-9A-Za-z]*|[0-9A-Za-z]+(?=\)))(?(1)\))_\{?([0-9]+|[a-z]+)\}?")
+
+
+def read_residue(tokens: Tokens) -> Value | None:
+    r"""`3 \pmod 7`."""
+    place = next((i for i, token in enumerate(tokens) if token in (r"\pmod", r"\bmod", r"\mod")), 0)
+    if not place:
+        return None
+    value = read_scalar(tokens[:place])
+    if not isinstance(value, Scalar):
+        return Unread(tokens)
+    return Residue(value, parse_expression(tokens[place + 1 :]))
 
 
 def read_numeral(tokens: Tokens) -> Value | None:

@@ -42,6 +42,14 @@ class Numeral:
 
 
 @dataclass(frozen=True, slots=True)
+class Residue:
+    """`value mod modulus`."""
+
+    value: Scalar
+    modulus: Node
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """Words."""
 
@@ -132,6 +140,7 @@ Value = (
     Scalar
     | Unread
     | Numeral
+    | Residue
     | Text
     | Choice
     | Listing

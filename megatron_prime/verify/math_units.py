@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_prime.verify.math_notation import Tokens, words
+from megatron_prime.verify.math_notation import FUNCTIONS, Tokens, words
 
 DEGREE = "degree"
 _CURRENCIES = {r"\$": "dollar", "$": "dollar", "€": "euro", r"\pounds": "pound", "£": "pound"}
@@ -39,6 +39,7 @@ _define("dollar", dollar__usd__buck="1", cent="1/100", penny="1/100")
 _define(DEGREE, degree__deg="1")
 _define("item", dozen="12")
 
+_FUNCTIONS = frozenset(f"\\{name}" for name in FUNCTIONS)
 _IGNORED = words("unit the of a an in linear")
 _FORBIDDEN = words("or and not is are if unless except when where wrong than to but for")
 _SQUARES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
@@ -69,8 +70,8 @@ def split_unit(tokens: Tokens) -> tuple[Tokens, Unit | None, bool]:
         start -= 1
     while start < len(tokens) and not (tokens[start][0] == '"' or tokens[start] == "°"):
         start += 1
-    if start in (0, len(tokens)):
-        return tokens, None, False
+    if start in (0, len(tokens)) or (tokens[start] == "°" and _FUNCTIONS.intersection(tokens)):
+        return tokens, None, False  # the sine of 30° is no angle
     unit = _unit(tokens[start:])
     if unit is None:
         return tokens, None, False

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from megatron_prime.verify.math_notation import Tokens
 from megatron_prime.verify.math_sets import LINE
-from megatron_prime.verify.math_tree import Number
+from megatron_prime.verify.math_tree import Number, Symbol
 from megatron_prime.verify.math_types import Finite, Line, Scalar, Text, Value
 
 NUMBERS = (
@@ -37,6 +37,8 @@ def read_words(tokens: Tokens) -> Value | None:
         return Line(LINE)
     if text in NUMBERS:
         return Scalar(Number(Fraction(NUMBERS.index(text))))
+    if text in ("infinity", "positive infinity"):
+        return Scalar(Symbol(r"\infty"))
     return Text("undefined" if _UNDEFINED.fullmatch(text) else text)
 
 
