@@ -91,6 +91,7 @@ _GROUPS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SEPARATOR}\s*\d{{3}})+(?!\d)")
 _COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)(?:\.\d+)?")
 _REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _AND_SO_ON = re.compile(r"(\d*\.\d+)\s*(?:\\(?:ldots|dots|cdots|dotsc)\b|\.\.\.)")
+_ENDING = re.compile(r"(?:\\[,;:! ]|(?<!\\)[\s.,;~])*\Z")
 _DEGREE = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 _TOKEN = re.compile(
     r"(?P<number>\d+\.?\d*(?:[eE][+-]?\d+(?!\w))?|\.\d+)|(?P<command>\\(?:[A-Za-z]+|.))"
@@ -110,7 +111,7 @@ def tokenize(text: str, thousands: bool = True) -> Tokens:
     text = _REPEATING.sub(lambda match: f"{match[1] or '0.'}\x00{match[2] or match[3]}\x01", text)
     text = _AND_SO_ON.sub(_periodic, text)
     text = re.sub(r"(\d*\.\d*)\x00(\d+)\x01", r"\\repeating{\1,\2}", text)
-    return tuple(_tokens(text.rstrip(" .,;~"), thousands, 0))
+    return tuple(_tokens(_ENDING.sub("", text), thousands, 0))
 
 
 def _periodic(match: re.Match[str]) -> str:
@@ -124,18 +125,19 @@ def _periodic(match: re.Match[str]) -> str:
     return match[0]
 
 
-def _tokens(text: str, thousands: bool, depth: int) -> list[str]:
+def _tokens(text: str, thousands: bool, depth: int, brackets: int = 0) -> list[str]:
+    """`depth` braces and brackets are open already, `brackets` of them brackets."""
     found: list[str] = []
     place = counted = 0
     while place < len(text):
         if depth > MAX_DEPTH:
             raise UnreadableError("nested too deeply")
         written = _TEXT.match(text, place)
-        grouped = _COMMAS.match(text, place) if thousands and depth == 0 else None
+        grouped = _COMMAS.match(text, place) if thousands and not brackets else None
         token = _TOKEN.match(text, place)
         if written:
             place = closing(text, written.end())
-            found += _words(text[written.end() : place - 1], thousands, depth)
+            found += _words(text[written.end() : place - 1], thousands, depth, brackets)
         elif grouped and not (found and found[-1] == ","):
             found.append(grouped[0].replace(",", ""))
             place = grouped.end()
@@ -153,8 +155,10 @@ def _tokens(text: str, thousands: bool, depth: int) -> list[str]:
             else:
                 found += _spelled(token)
         for new in found[counted:]:
-            depth += (new in OPENING) - (new in CLOSING)
-        depth, counted = max(depth, 0), len(found)
+            step = (new in OPENING) - (new in CLOSING)
+            depth += step
+            brackets += step if new not in "{}" else 0
+        depth, brackets, counted = max(depth, 0), max(brackets, 0), len(found)
     return found
 
 
@@ -172,11 +176,12 @@ def closing(text: str, place: int) -> int:
     raise UnreadableError("a brace is not closed")
 
 
-def _words(content: str, thousands: bool, depth: int) -> list[str]:
+def _words(content: str, thousands: bool, depth: int, brackets: int) -> list[str]:
     r"""What stands in `\text{…}`: mathematics if it has digits or no letters, else words."""
     content = content.replace(r"\ ", " ").replace("~", " ").strip()
     if re.search(r"[\d\\$]", content) or not re.search("[A-Za-z]", content):
-        return _tokens(content.replace("$", " "), thousands, depth + 1) if content else []
+        content = content.replace("$", " ")
+        return _tokens(content, thousands, depth + 1, brackets) if content else []
     found: list[str] = []
     start = 0
     for joining in _JOINING.finditer(content):
