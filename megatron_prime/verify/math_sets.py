@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cmp_to_key
 from itertools import pairwise
 
 from megatron_prime.verify.math_notation import UnreadableError
@@ -78,12 +77,7 @@ def _ends(real_set: RealSet) -> list[Node]:
 
 def _sorted(ends: list[Node]) -> list[Node]:
     """In order, each number once."""
-
-    def order(one: Node, other: Node) -> int:
-        difference = real_value(one) - real_value(other)
-        return int(difference > 0) - int(difference < 0)
-
-    found = sorted(ends, key=cmp_to_key(order))
+    found = sorted(ends, key=real_value)
     return found[:1] + [other for one, other in pairwise(found) if not same(one, other)]
 
 
