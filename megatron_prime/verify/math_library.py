@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-from itertools import pairwise
 
 from megatron_prime.verify.math_digits import is_number, number
 from megatron_prime.verify.math_notation import Tokens, UnreadableError, tokenize, words
@@ -49,9 +48,14 @@ def equivalent(gold: Tokens, answer: Tokens) -> bool:
 
 
 def _exponent(tokens: Tokens) -> int:
-    """The largest whole number behind a ^."""
-    behind = (token for before, token in pairwise(t for t in tokens if t != "{") if before == "^")
-    return max((int(token[:9]) for token in behind if token.isdigit()), default=0)
+    """The largest power of something in round brackets."""
+    written = [token for token in tokens if token != "{"]
+    powers = (
+        power
+        for bracket, sign, power in zip(written, written[1:], written[2:], strict=False)
+        if (bracket, sign) == (")", "^") and power.isdigit()
+    )
+    return max((int(power[:9]) for power in powers), default=0)
 
 
 def warm_up() -> None:
