@@ -129,6 +129,22 @@ def test_notation_around_an_answer_changes_nothing(name):
             assert found == float(sign == "+"), (kind, gold, wrapped)
 
 
+def test_the_table_of_the_docs_says_what_is_so():
+    text = (HERE.parents[1] / "docs" / "verifiers.md").read_text()
+    seen = 0
+    for line in text.partition("## Math")[2].partition("**How two")[0].splitlines():
+        cells = line.split("|")
+        if len(cells) != 6:
+            continue
+        golds, right, wrong = (re.findall("`([^`]+)`", cell) for cell in cells[2:5])
+        for gold in golds:
+            for reward, answers in ((1.0, right), (0.0, wrong)):
+                for answer in answers:
+                    assert grade(rf"\boxed{{{answer}}}", gold) == reward, (gold, answer)
+                    seen += 1
+    assert seen > 80
+
+
 @pytest.mark.parametrize(
     ("response", "reward"),
     [
