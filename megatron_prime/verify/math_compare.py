@@ -20,7 +20,7 @@ from megatron_prime.verify.math_quantities import (
 )
 from megatron_prime.verify.math_relations import interval, same_relation
 from megatron_prime.verify.math_sets import equal_sets
-from megatron_prime.verify.math_tree import Number
+from megatron_prime.verify.math_tree import symbols
 from megatron_prime.verify.math_types import (
     Choice,
     Finite,
@@ -114,9 +114,12 @@ def _relations(gold: Value, answer: Value) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return same_relation(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Relation) and answer.sign == "=":
-        # 2^3 = 8, where 8 is wanted
-        constant = isinstance(answer.right, Number) and not isinstance(answer.left, Number)
-        return constant and same(answer.left, answer.right) and equal(gold, Scalar(answer.right))
+        known = symbols(answer.left)
+        if symbols(answer.right) or len(known) == 1:  # 2x = 5 doesn't say that x is 5
+            return False
+        # 2^3 = 8 where 8 is wanted; a/b = 2/3 where a/b is
+        is_so = bool(known) or same(answer.left, answer.right)
+        return is_so and equal(gold, Scalar(answer.right))
     return False
 
 

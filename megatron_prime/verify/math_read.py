@@ -114,7 +114,7 @@ def _read_list(tokens: Tokens) -> Value | None:
 
 def _is_family(part: Tokens) -> bool:
     r"""`k \in \mathbb{Z}`, behind a family of solutions."""
-    return len(part) > 2 and part[1] == r"\in" and part[2:3] == (r"\mathbb",) and "Z" in part
+    return len(part) > 2 and part[1] == r"\in" and part[2:3] == (r"\mathbb",)
 
 
 def _read_relation(tokens: Tokens) -> Value | None:
@@ -155,7 +155,7 @@ _NAME = re.compile(
     r"(?:m?\\angle|\\triangle|\\overline\{)?(?:[A-Za-z]|\\[A-Za-z]+){1,3}\}?'*"
     r"(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?'*(?:\([^()]*\)|\^\{-1\}\([^()]*\))?"
 )
-_SUM = re.compile(r"[A-Za-z]{1,3}(?:\+[A-Za-z]{1,3})+")
+_SUM = re.compile(r"[A-Za-z]{1,3}(?:[+:][A-Za-z]{1,3})+")
 _TUPLE = re.compile(r"\([A-Za-z](?:,[A-Za-z])+\)")
 _NO_NAMES = re.compile(
     r"\\(?:frac|sqrt|sin|cos|tan|log|ln|pi|infty|emptyset|binom|pm|begin)|^[ei]$"
