@@ -114,12 +114,10 @@ def _relations(gold: Value, answer: Value) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return same_relation(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Relation) and answer.sign == "=":
-        known = symbols(answer.left)
-        if symbols(answer.right) or len(known) == 1:  # 2x = 5 doesn't say that x is 5
+        if symbols(answer.right) or symbols(answer.left):  # 2x = 5 doesn't say that x is 5
             return False
-        # 2^3 = 8 where 8 is wanted; a/b = 2/3 where a/b is
-        is_so = bool(known) or same(answer.left, answer.right)
-        return is_so and equal(gold, Scalar(answer.right))
+        # 2^3 = 8 where 8 is wanted
+        return same(answer.left, answer.right) and equal(gold, Scalar(answer.right))
     return False
 
 
