@@ -222,7 +222,7 @@ def _read_brackets(tokens: Tokens) -> Value | None:
 def _braces(inside: Tokens, parts: list[Tokens]) -> Value:
     condition, bars = split(inside, (":", "|"))
     of_what = condition[0]
-    if len(bars) == 1 and of_what[0].isalpha() and of_what[1:2] in ((), (r"\in",)):
+    if len(bars) == 1 and of_what and of_what[0].isalpha() and of_what[1:2] in ((), (r"\in",)):
         return _value(condition[1])  # {x : x > 2}
     items: list[Value] = []
     for part in parts:

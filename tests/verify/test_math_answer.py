@@ -183,6 +183,7 @@ HOSTILE = {
     "commas": rf"\boxed{{{'1,234' * 180}}}",
     "periods": rf"\boxed{{0.{'12' * 400}\ldots}}",
     "unions": r"\boxed{" + r"(1,2)\cup" * 90 + "(3,4)}",
+    "a set of nothing": r"\boxed{\{ : x>2 \}}",
     "unbalanced": r"\boxed{\frac{1}{2} \left( \boxed{",
     "a lone surrogate": "\\boxed{\ud800}",
 }
