@@ -28,6 +28,7 @@ setup(
         "pydantic>=2.7",
         "jinja2",  # chat templates
         "math-verify[antlr4_9_3]==0.9.0",
+        "mpmath",  # numbers of many digits
         "pyarrow",  # parquet
         "psutil",  # Megatron's dist_checkpointing hangs without it
         "tensorboard",
