@@ -22,13 +22,19 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: exchanges begin in the order th
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Some containers' hooks set torchrun's variables for srun's tasks, but not this one.
 export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+# Where ranks meet: the first node, by the address that Slurm itself uses; its name may mean nothing
+# to the others.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol -o show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 
-# Signals that Slurm sends to this shell go to srun, which passes them to all ranks.
+# Signals that Slurm sends to this shell go to srun as USR1, which it passes to all ranks. Of TERM it
+# would kill them at once.
 srun_pid='' asked='' interrupted=''
 pass_on() {
-  asked=$1 interrupted=yes
+  asked=yes interrupted=yes
   echo "[prime] $(date '+%F %T') $1: ranks finish their step and save it"
-  if [ -n "$srun_pid" ]; then kill -s "$1" "$srun_pid" 2>/dev/null || true; fi
+  if [ -n "$srun_pid" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
@@ -41,7 +47,7 @@ srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   --output="$logs/rank_%5t.txt" --open-mode=append ${CONTAINER[@]+"${CONTAINER[@]}"} \
   "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
 srun_pid=$!
-if [ -n "$asked" ]; then kill -s "$asked" "$srun_pid" 2>/dev/null || true; fi
+if [ -n "$asked" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
 
 while :; do # a signal ends `wait`, not srun
   interrupted='' code=0
@@ -49,23 +55,29 @@ while :; do # a signal ends `wait`, not srun
   if [ -z "$interrupted" ]; then break; fi
 done
 
+# So young a rank that it does not listen to signals yet dies of them.
+if [ -n "$asked" ]; then case $code in 138 | 143) code=75 ;; esac; fi
+
 if [ "$code" -ne 0 ]; then tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true; fi
 case $code in
   0) meaning='done' ;;
   2) meaning='bad configuration: mend it, submit again' ;;
   69) meaning='a rank was lost, which the line above names: submit again' ;;
   70) meaning="a phase did not end: look at $RUN/stuck, submit again" ;;
-  75) meaning='asked to end; saved' ;;
+  75) meaning='asked to end; what there was to save is saved' ;;
   137) meaning='killed, most often out of memory: submit again' ;;
   *) meaning="see $logs and docs/operations.md" ;;
 esac
 echo "[prime] $(date '+%F %T') exit code $code: $meaning"
 if [ "$code" -eq 75 ]; then
+  # The last task of an array has the array's own number: as a job that means all of its tasks.
+  job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
   # A job that was cancelled, or that Slurm itself requeues, is not RUNNING any more.
-  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
+  state=$(scontrol show job "$job" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
   if [ "$state" = RUNNING ]; then
     echo "[prime] requeue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   else
     echo "[prime] the job is $state: not requeued; the same sbatch command continues the run"
   fi
