@@ -1,12 +1,15 @@
 """A real Slurm of several emulated nodes on this machine, for as long as somebody wants it.
 
-`python tests/slurm/cluster.py FOLDER [NODES [CORES]]` starts munged, slurmctld and a slurmd per node
-on loopback, as children of its own: no systemd, no cgroups, no accounting, nothing to configure. It
-prints `ready` when all nodes are idle and reads commands: `start n2` starts a slurmd that ended. At
-the end of its input, so also when whoever started it is killed, it ends all it has started.
+    python tests/slurm/cluster.py FOLDER [NODES [CORES]]
 
-slurmd forks its job steps off, so that they survive it; they and the tasks of jobs still come back
-to this process, because it is their subreaper (prctl(2)): nobody escapes, and nobody else is hit.
+starts munged, slurmctld and a slurmd per node on loopback: no systemd, no cgroups, no accounting,
+nothing to configure; `export SLURM_CONF=FOLDER/slurm.conf` is all that sbatch needs. It prints
+`ready` when all nodes are idle and then reads commands: `start n2` starts a slurmd that has ended.
+At the end of its input, so also when whoever started it is killed, it ends all it has started.
+
+slurmd forks its job steps off, so that they survive it. They and the tasks of jobs come back to
+this process all the same, because it is their subreaper (prctl(2)): nobody gets away, nobody else
+is hit. The daemons themselves die also with a killed cluster.py.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import ctypes
 import os
 import pwd
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +33,8 @@ import psutil
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
 READY_WITHIN_S = 60
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+SBIN = ":/usr/sbin:/sbin"  # not on everybody's PATH
+GPUS = 8
 CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -66,14 +73,14 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cores} Boards=1 "
-    "SocketsPerBoard=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8\n"
+    "SocketsPerBoard=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:{gpus}\n"
 )
 
 
 def missing() -> list[str]:
     """Programs that this needs and the machine has not."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if not any((Path(p) / name).exists() for p in path.split(":"))]
+    path = os.environ.get("PATH", "") + SBIN
+    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 def node_names(nodes: int) -> list[str]:
@@ -104,11 +111,12 @@ def write_files(folder: Path, nodes: int, cores: int) -> None:
     text = CONF.format(folder=folder, host=host, user=user, port=port)
     for name, own in zip(node_names(nodes), ports, strict=True):
         (folder / "spool" / name).mkdir()
-        text += NODE.format(name=name, host=host, port=own, cores=cores)
+        text += NODE.format(name=name, host=host, port=own, cores=cores, gpus=GPUS)
     (folder / "slurm.conf").write_text(text)
-    for number in range(8):
+    for number in range(GPUS):  # Slurm wants a device of each GPU; these are like /dev/null
         os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
-    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-7]\n")
+    gpus = f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]"
+    (folder / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
 
 
 class Daemons:
@@ -119,7 +127,7 @@ class Daemons:
         self._libc = ctypes.CDLL(None)
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self._environ["PATH"] += ":/usr/sbin:/sbin"
+        self._environ["PATH"] += SBIN
 
     def start(self, program: str, *arguments: str) -> None:
         """In the foreground; it dies with us also if we are killed."""
@@ -160,7 +168,7 @@ class Daemons:
             time.sleep(0.1)
 
 
-def wait_until(done, what: str, folder: Path) -> None:  # noqa: ANN001
+def wait_until(done: Callable[[], bool], what: str, folder: Path) -> None:
     patience = time.monotonic() + READY_WITHIN_S
     while not done():
         if time.monotonic() > patience:
