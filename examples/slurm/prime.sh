@@ -31,6 +31,7 @@ export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 # Signals that Slurm sends to this shell go to srun as USR1, which it passes to all ranks. Of TERM it
 # would kill them at once.
 srun_pid='' asked='' interrupted=''
+# shellcheck disable=SC2317 # reached, by the traps
 pass_on() {
   asked=yes interrupted=yes
   echo "[prime] $(date '+%F %T') $1: ranks finish their step and save it"
@@ -38,6 +39,9 @@ pass_on() {
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
+
+newest() { find "$RUN/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
+before=$(newest)
 
 echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
   "requeued ${SLURM_RESTART_COUNT:-0} times; rank 0: tail -F $logs/rank_00000.txt"
@@ -58,7 +62,11 @@ done
 # So young a rank that it does not listen to signals yet dies of them.
 if [ -n "$asked" ]; then case $code in 138 | 143) code=75 ;; esac; fi
 
-if [ "$code" -ne 0 ]; then tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true; fi
+if [ "$code" -ne 0 ]; then
+  tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true
+  # What another rank said of itself, which rank 0 may not have heard.
+  grep -hE '^\[rank [1-9]' "$logs"/rank_*.txt 2>/dev/null | grep -v ' ended because ' | tail -n 5 || true
+fi
 case $code in
   0) meaning='done' ;;
   2) meaning='bad configuration: mend it, submit again' ;;
@@ -75,7 +83,12 @@ if [ "$code" -eq 75 ]; then
   job=${job:-$SLURM_JOB_ID}
   # A job that was cancelled, or that Slurm itself requeues, is not RUNNING any more.
   state=$(scontrol show job "$job" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
-  if [ "$state" = RUNNING ]; then
+  # A time limit that is too short for a first step would requeue for ever.
+  if [ "$(newest)" = "$before" ]; then echo start >>"$logs/saved_nothing"; else rm -f "$logs/saved_nothing"; fi
+  vain=$(cat "$logs/saved_nothing" 2>/dev/null | wc -l)
+  if [ "$state" = RUNNING ] && [ "$vain" -ge 5 ]; then
+    echo "[prime] $vain starts in a row have saved nothing: not requeued; is the time limit too short?"
+  elif [ "$state" = RUNNING ]; then
     echo "[prime] requeue"
     scontrol requeue "$job"
   else

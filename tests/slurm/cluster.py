@@ -32,6 +32,7 @@ import psutil
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
 READY_WITHIN_S = 60
+STOP_WITHIN_S = 2  # then SIGKILL; job steps do not listen to SIGTERM at all
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 SBIN = ":/usr/sbin:/sbin"  # not on everybody's PATH
 GPUS = 8
@@ -157,7 +158,7 @@ class Daemons:
 
     def stop(self) -> None:
         """Everybody below us; orphans come back to us, so look until nobody is left."""
-        me, patience = psutil.Process(), time.monotonic() + 10
+        me, patience = psutil.Process(), time.monotonic() + STOP_WITHIN_S
         while children := me.children(recursive=True):
             for child in children:
                 with suppress(psutil.NoSuchProcess):

@@ -72,7 +72,12 @@ class Slurm:
 def start_slurm(folder: Path, nodes: int, cores: int) -> Slurm:
     """A cluster below `folder`, ready."""
     keeper = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "cluster.py"), str(folder), *map(str, (nodes, cores))],
+        [
+            sys.executable,
+            str(Path(__file__).parent / "cluster.py"),
+            str(folder),
+            *map(str, (nodes, cores)),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
