@@ -40,7 +40,7 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-newest() { find "$RUN/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
+newest() { printf '%s\n' "$RUN"/checkpoints/step_* | tail -n 1; }
 before=$(newest)
 
 echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
@@ -84,8 +84,13 @@ if [ "$code" -eq 75 ]; then
   # A job that was cancelled, or that Slurm itself requeues, is not RUNNING any more.
   state=$(scontrol show job "$job" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
   # A time limit that is too short for a first step would requeue for ever.
-  if [ "$(newest)" = "$before" ]; then echo start >>"$logs/saved_nothing"; else rm -f "$logs/saved_nothing"; fi
-  vain=$(cat "$logs/saved_nothing" 2>/dev/null | wc -l)
+  vain=0
+  if [ "$(newest)" = "$before" ]; then
+    date >>"$logs/saved_nothing"
+    vain=$(wc -l <"$logs/saved_nothing")
+  else
+    rm -f "$logs/saved_nothing"
+  fi
   if [ "$state" = RUNNING ] && [ "$vain" -ge 5 ]; then
     echo "[prime] $vain starts in a row have saved nothing: not requeued; is the time limit too short?"
   elif [ "$state" = RUNNING ]; then

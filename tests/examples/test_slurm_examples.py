@@ -49,7 +49,7 @@ for _ in {1..1200}; do sleep 0.05; done # a minute, should nobody signal
 SCONTROL = """#!/usr/bin/env bash
 case $* in
   'show hostnames gpu[1-8]') printf 'gpu%d\\n' {1..8}; exit ;;
-  '-o show node gpu1') echo 'NodeName=gpu1 NodeAddr=10.0.0.1 NodeHostName=host1 Version=22.05'; exit ;;
+  '-o show node gpu1') echo 'NodeName=gpu1 NodeAddr=10.0.0.1 Version=22.05'; exit ;;
   requeue*) echo "$*" >> "$FAKE/scontrol"; exit ;;
 esac
 echo "$3" > "$FAKE/asked"

@@ -140,6 +140,10 @@ class Submitted:
 
         self.wait_until(done, f"at step {step}")
 
+    def wait_for_requeue(self, number: int, within_s: float = 240) -> None:
+        """Return as soon as it has been requeued so often."""
+        self.wait_until(lambda: self.restarts >= number, f"requeued {number} times", within_s)
+
     def signal(self, name: str) -> None:
         """To the shell of the job alone, as `--signal=B:…` does."""
         self.slurm.command("scancel", f"--signal={name}", "--batch", self.number)

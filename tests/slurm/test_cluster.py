@@ -1,4 +1,4 @@
-"""The cluster that tests start: no process of it outlives the tests, and nobody else can reach it."""
+"""The cluster of the tests: none of its processes outlives them, and nobody else can reach it."""
 
 from __future__ import annotations
 

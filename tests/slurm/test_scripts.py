@@ -1,4 +1,4 @@
-"""Every run.sbatch: accepted by sbatch, run by a real Slurm up to the command of each rank, linted."""
+"""Every run.sbatch: linted, accepted by sbatch, run by a real Slurm up to each rank's command."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_bash_and_shellcheck(script: Path) -> None:
 
 @pytest.mark.parametrize("script", SBATCHES, ids=of)
 def test_sbatch_accepts_it(script: Path, slurm: Slurm) -> None:
+    assert len(script.read_text().splitlines()) <= 60
     slurm.command("sbatch", "--test-only", script)
 
 

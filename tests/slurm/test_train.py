@@ -1,4 +1,4 @@
-"""The quickstart's job on 2 emulated nodes × 2 tasks of a real Slurm, stopped in every ordinary way.
+"""The quickstart's job on 2 emulated nodes × 2 tasks of a real Slurm: stopped, killed, continued.
 
 Whatever stops it, figures and weights must in the end be those of a run that torchrun started once.
 """
@@ -7,25 +7,12 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from conftest import KNOBS, STEPS
-from job import Job, reproducible
+from job import Job
+from same_run import assert_same
 from slurm_client import QUICKSTART, Slurm, ranks_of
 
 SBATCH = QUICKSTART / "run.sbatch"
-
-
-def assert_same(job: Job, undisturbed: str, name: str) -> None:
-    """Figures of all steps and every byte of the exported weights."""
-    wanted, found = job.metrics(undisturbed), job.metrics(name)
-    assert list(found) == list(wanted)
-    for step in wanted:
-        assert reproducible(found[step]) == reproducible(wanted[step]), f"step {step}"
-    weights = [path.name for path in (job.run(undisturbed) / "hf").glob("*.safetensors")]
-    assert weights
-    for file in weights:
-        parts = (job.run(run) / "hf" / file for run in (undisturbed, name))
-        assert len({part.read_bytes() for part in parts}) == 1, file
 
 
 def test_requeued_twice_killed_once_and_the_same_in_the_end(
@@ -37,7 +24,7 @@ def test_requeued_twice_killed_once_and_the_same_in_the_end(
         first.wait_for_step(run, step)
         assert first.restarts == requeues
         first.signal("USR1")
-        first.wait_until(lambda: first.restarts > requeues, "requeued")
+        first.wait_for_requeue(requeues + 1)
     first.wait_until(lambda: len(ranks_of(run)) == 4, "started again")
     first.wait_for_step(run, 5)
     ranks = ranks_of(run)
