@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 # Where ranks meet: the first node, by the address that Slurm itself uses; its name may mean nothing
 # to the others.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 address=$(scontrol -o show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 
