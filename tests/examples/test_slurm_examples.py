@@ -43,6 +43,7 @@ echo 'the last words of rank 0' > "${logs/\\%5t/00000}"
 trap 'echo USR1 >> "$FAKE/signals"; exit "${DIES:-75}"' USR1
 trap 'echo TERM >> "$FAKE/signals"; exit 137' TERM
 touch "$FAKE/started"
+if [ -n "${SAVES:-}" ]; then mkdir -p "$SAVES"; fi
 if [ "$CODE" != wait ]; then exit "$CODE"; fi
 for _ in {1..1200}; do sleep 0.05; done # a minute, should nobody signal
 """
@@ -214,15 +215,12 @@ def test_last_task_of_an_array_requeues_itself_alone(cluster: Cluster) -> None:
 
 
 def test_starts_that_save_nothing_are_not_requeued_for_ever(cluster: Cluster) -> None:
-    checkpoints = Path(cluster.environment["RUN"]) / "checkpoints"
-    for _ in range(4):
-        cluster.run(CODE="75")
-    assert cluster.said("scontrol") == ["requeue 123"] * 4
-    (checkpoints / "step_000001").mkdir(parents=True)
-    for _ in range(4):
-        cluster.run(CODE="75")
+    checkpoint = Path(cluster.environment["RUN"]) / "checkpoints/step_000001"
+    for saves in ["", "", "", "", str(checkpoint), "", "", "", ""]:
+        cluster.run(CODE="75", SAVES=saves)
+    assert cluster.said("scontrol") == ["requeue 123"] * 9
     assert "5 starts in a row have saved nothing: not requeued" in cluster.run(CODE="75")[1]
-    assert cluster.said("scontrol") == ["requeue 123"] * 8
+    assert cluster.said("scontrol") == ["requeue 123"] * 9
 
 
 @pytest.mark.parametrize(("code", "requeued"), [("138", True), ("143", True), ("137", False)])
