@@ -16,25 +16,7 @@ sys.path.append(str(HERE.parent / "distributed"))
 from cluster import missing  # noqa: E402
 from job import Job  # noqa: E402
 from launch import run_ranks  # noqa: E402
-from slurm_client import QUICKSTART, Slurm, start_slurm  # noqa: E402
-
-STEPS = 6
-KNOBS = (
-    f"--run.steps={STEPS}",
-    "--run.timeout_s=240",
-    "--data.max_prompt_length=8",
-    "--rollout.prompts_per_step=8",
-    "--rollout.prompts_per_round=12",
-    "--rollout.max_response_length=16",
-    "--policy.lr=1e-3",
-    "--policy.mini_batch_size=16",
-    "--policy.micro_batch_tokens=128",
-    "--prm.lr=1e-3",
-    "--prm.mini_batch_size=16",
-    "--prm.micro_batch_tokens=128",
-    "--evaluate.every=3",
-    "--checkpoint.every=2",
-)
+from slurm_client import KNOBS, QUICKSTART, Slurm, start_slurm  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,24 @@ from cluster import READY_WITHIN_S
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
+SBATCH = QUICKSTART / "run.sbatch"
+STEPS = 6
+KNOBS = (  # the quickstart's prime.toml in seconds
+    f"--run.steps={STEPS}",
+    "--run.timeout_s=240",
+    "--data.max_prompt_length=8",
+    "--rollout.prompts_per_step=8",
+    "--rollout.prompts_per_round=12",
+    "--rollout.max_response_length=16",
+    "--policy.lr=1e-3",
+    "--policy.mini_batch_size=16",
+    "--policy.micro_batch_tokens=128",
+    "--prm.lr=1e-3",
+    "--prm.mini_batch_size=16",
+    "--prm.micro_batch_tokens=128",
+    "--evaluate.every=3",
+    "--checkpoint.every=2",
+)
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
 
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import re
 
-from conftest import KNOBS, STEPS
 from job import Job
 from same_run import assert_same
-from slurm_client import QUICKSTART, Slurm, ranks_of
-
-SBATCH = QUICKSTART / "run.sbatch"
+from slurm_client import KNOBS, SBATCH, STEPS, Slurm, ranks_of
 
 
 def test_requeued_twice_killed_once_and_the_same_in_the_end(
