@@ -104,7 +104,7 @@ def test_a_lost_node(
 ) -> None:
     """Its slurmd alone, whose tasks live on until the others are gone; or all that runs on it."""
     run = job.run(f"lost_{whole}")
-    found = slurm.submit(SBATCH, *KNOBS, "--nodes=2", RUN=run, **variables)
+    found = slurm.submit(SBATCH, *KNOBS, RUN=run, **variables)
     found.wait_for_step(run, 3)
     nodes = slurm.command("scontrol", "show", "hostnames", found.facts()["NodeList"]).split()
     slurm.kill_slurmd(nodes[1])
