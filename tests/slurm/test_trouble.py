@@ -17,7 +17,7 @@ import psutil
 import pytest
 from job import Job
 from same_run import assert_same
-from slurm_client import KNOBS, SBATCH, Slurm, Submitted, ranks_of
+from slurm_client import KNOBS, SBATCH, STEPS, Slurm, Submitted, ranks_of
 
 pytestmark = pytest.mark.slow
 
@@ -138,8 +138,8 @@ def test_an_array_of_three_seeds(slurm: Slurm, job: Job, variables: dict[str, ob
     for seed, task in enumerate(tasks):
         assert task.wait("COMPLETED")["ExitCode"] == "0:0"
         metrics = job.metrics(f"seeds/seed_{seed}")
-        assert list(metrics) == [1, 2, 3, 4, 5, 6]
-        losses.add(metrics[6]["prm/loss"])
+        assert list(metrics) == list(range(STEPS + 1))
+        losses.add(metrics[STEPS]["prm/loss"])
         assert re.search(rf"^seed = {seed}$", (run / f"seed_{seed}/config.toml").read_text(), re.M)
     assert len(losses) == 3
 
