@@ -135,7 +135,7 @@ class Submitted:
         path = Path(self.facts()["StdOut"])
         return path.read_text() if path.exists() else ""
 
-    def wait_until(self, done: Callable[[], bool], what: str, within_s: float = 240) -> None:
+    def wait_until(self, done: Callable[[], bool], what: str, within_s: float = 400) -> None:
         patience = time.monotonic() + within_s
         while not done():
             assert time.monotonic() < patience, f"not {what} in {within_s} s\n{self.story()}"
@@ -158,7 +158,7 @@ class Submitted:
 
         self.wait_until(done, f"at step {step}")
 
-    def wait_for_requeue(self, number: int, within_s: float = 240) -> None:
+    def wait_for_requeue(self, number: int, within_s: float = 400) -> None:
         """Return as soon as it has been requeued so often."""
         self.wait_until(lambda: self.restarts >= number, f"requeued {number} times", within_s)
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from job import Job
 from same_run import assert_same
@@ -98,31 +97,51 @@ def test_a_cancelled_job_saves_and_stays_away(
     assert_same(job, undisturbed, "cancelled")
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["slurmd", "node"])
-def test_a_lost_node(
-    whole: bool, slurm: Slurm, job: Job, undisturbed: str, variables: dict[str, object]
+def test_a_killed_slurmd(
+    slurm: Slurm, job: Job, undisturbed: str, variables: dict[str, object]
 ) -> None:
-    """Its slurmd alone, whose tasks live on until the others are gone; or all that runs on it."""
-    run = job.run(f"lost_{whole}")
+    """Its tasks live on and train; only when Slurm misses it is the job asked to end, and saves."""
+    run = job.run("slurmd")
+    found = slurm.submit(SBATCH, *KNOBS, "--run.lost_after_s=600", RUN=run, **variables)
+    found.wait_for_step(run, 3)
+    second = nodes_of(slurm, found)[1]
+    slurm.kill_slurmd(second)
+    with frozen(run):
+        found.wait_until(lambda: "Node failure" in found.output, "missed by Slurm")
+    assert_goes_on_elsewhere(slurm, found, second)
+    assert "the same sbatch command continues the run" in found.output, "Slurm has requeued it"
+    assert_same(job, undisturbed, "slurmd")
+
+
+def test_a_lost_node(
+    slurm: Slurm, job: Job, undisturbed: str, variables: dict[str, object]
+) -> None:
+    """slurmd, job steps and ranks at once; Slurm misses it before srun's --wait is over."""
+    run = job.run("node")
     found = slurm.submit(SBATCH, *KNOBS, RUN=run, **variables)
     found.wait_for_step(run, 3)
-    nodes = slurm.command("scontrol", "show", "hostnames", found.facts()["NodeList"]).split()
-    slurm.kill_slurmd(nodes[1])
-    if whole:
-        ranks = ranks_of(run)
-        steps = {ranks[2].parent(), ranks[3].parent()}
-        for process in [*steps, ranks[2], ranks[3]]:
-            assert isinstance(process, psutil.Process)
+    second, ranks = nodes_of(slurm, found)[1], ranks_of(run)
+    slurm.kill_slurmd(second)
+    for process in [ranks[2].parent(), ranks[3].parent(), ranks[2], ranks[3]]:
+        if process is not None and process.is_running():
             process.kill()
+    assert_goes_on_elsewhere(slurm, found, second)
+    assert_same(job, undisturbed, "node")
+
+
+def nodes_of(slurm: Slurm, found: Submitted) -> list[str]:
+    return slurm.command("scontrol", "show", "hostnames", found.facts()["NodeList"]).split()
+
+
+def assert_goes_on_elsewhere(slurm: Slurm, found: Submitted, lost: str) -> None:
+    """Slurm requeues the job, a spare node takes the lost one's place, and it comes back."""
     try:
         found.wait_for_requeue(1)
         assert found.wait("COMPLETED")["ExitCode"] == "0:0"
-        used = slurm.command("scontrol", "show", "hostnames", found.facts()["NodeList"]).split()
-        assert nodes[1] not in used, "a spare one took its place"
+        assert lost not in nodes_of(slurm, found)
     finally:
-        slurm.start_slurmd(nodes[1])
-        found.wait_until(lambda: slurm.node_states()[nodes[1]] == "idle", "back")
-    assert_same(job, undisturbed, run.name)
+        slurm.start_slurmd(lost)
+        found.wait_until(lambda: slurm.node_states()[lost] == "idle", "back")
 
 
 def test_an_array_of_three_seeds(slurm: Slurm, job: Job, variables: dict[str, object]) -> None:
