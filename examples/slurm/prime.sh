@@ -46,8 +46,9 @@ before=$(newest)
 echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
   "requeued ${SLURM_RESTART_COUNT:-0} times; rank 0: tail -F $logs/rank_00000.txt"
 # Ranks end each other when one is lost. --kill-on-bad-exit would kill, on the first 75, the ranks
-# that are about to say 75, and srun would return 143; --wait ends only what is left after a while.
-srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+# that are about to say 75, and srun would return 143. --wait ends only what is left after a while:
+# longer than Slurm's SlurmdTimeout (300 s), so that it misses a lost node and requeues the job.
+srun --kill-on-bad-exit=0 --wait=400 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   --output="$logs/rank_%5t.txt" --open-mode=append ${CONTAINER[@]+"${CONTAINER[@]}"} \
   "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
 srun_pid=$!

@@ -181,7 +181,7 @@ def test_the_command_of_each_rank(name: str, cluster: Cluster) -> None:
         "--data.eval=/shared/data/eurus2/validation_math.parquet",
         *(f"--run.folder={run}", "--run.steps=10"),
     ]
-    assert {"--kill-on-bad-exit=0", "--wait=120", "--cpus-per-task=12"} <= set(words)
+    assert {"--kill-on-bad-exit=0", "--wait=400", "--cpus-per-task=12"} <= set(words)
     assert f"--output={run}/logs/123/rank_%5t.txt" in words
     assert (Path(run) / "logs/latest/rank_00000.txt").is_file()
     assert cluster.said("environment")[0] == "8"
