@@ -23,6 +23,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,10 +49,6 @@ CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=20
@@ -79,9 +76,20 @@ NODE = (
 
 
 def missing() -> list[str]:
-    """Programs that this needs and the machine has not."""
+    """What this needs and the machine has not, or does not allow."""
     path = os.environ.get("PATH", "") + SBIN
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make_device(Path(folder) / "gpu")
+        except PermissionError:  # not root, or a container that may not
+            lacking.append("right to make device files, which emulated GPUs are")
+    return lacking
+
+
+def make_device(path: Path) -> None:
+    """One that behaves like /dev/null."""
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
 
 
 def node_names(nodes: int) -> list[str]:
@@ -114,8 +122,8 @@ def write_files(folder: Path, nodes: int, cores: int) -> None:
         (folder / "spool" / name).mkdir()
         text += NODE.format(name=name, host=host, port=own, cores=cores, gpus=GPUS)
     (folder / "slurm.conf").write_text(text)
-    for number in range(GPUS):  # Slurm wants a device of each GPU; these are like /dev/null
-        os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    for number in range(GPUS):  # Slurm wants to see a device of each
+        make_device(folder / f"gpu{number}")
     gpus = f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]"
     (folder / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
 
