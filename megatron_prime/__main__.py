@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from megatron_prime.config import RunConfig
     from megatron_prime.runtime.rendezvous import Rendezvous
 
+REFUSED = 78  # of a preflight: sysexits' EX_CONFIG, something is not set up as it should be
+LAST_S = 1.0  # after a preflight's end, for what Python can't end
 COMMANDS = {
+    "preflight": "look whether the nodes can run RUN.toml: a table, and what is wrong, within 60 s",
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
     "sft": "supervised fine-tuning, the stage before PRIME",
     "evaluate": "greedy accuracy of model.hf on data.eval",
@@ -30,7 +34,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit codes are those of docs/operations.md."""
-    command, path, overrides = _parse(arguments)
+    command, path, overrides, given = _parse(arguments)
     from megatron_prime.config import ConfigError
     from megatron_prime.config_file import describe, load
     from megatron_prime.runtime.rendezvous import Rendezvous, rendezvous_from
@@ -42,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "config":
             print(describe(config))
             return 0
+        if command == "preflight":
+            return _preflight(path, config, here, given)
         from megatron_prime.validate import check
 
         check(config, command, here.world_size)
@@ -50,6 +56,35 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{path} can't run:\n{error}", file=sys.stderr)
         return 2
     return _run(command, path, config, here)
+
+
+def _preflight(path: Path, config: RunConfig, here: Rendezvous, given: argparse.Namespace) -> int:
+    """Look at the nodes, for `train`; a rank that can't run says so at the meeting, too."""
+    from megatron_prime.config import ConfigError
+    from megatron_prime.runtime.exit_timer import ExitTimer, process_age
+
+    last_resort = ExitTimer(0 if given.warn_only else REFUSED)  # imports may hang, too
+    last_resort.set(max(LAST_S, given.seconds + LAST_S - process_age()))
+    from megatron_prime.preflight.door import preflight
+    from megatron_prime.preflight.steps import Options
+    from megatron_prime.runtime.parent import die_with
+    from megatron_prime.runtime.signals import SAVED, StopSignals
+    from megatron_prime.validate import check
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())
+    StopSignals(lambda number: os._exit(SAVED))  # nothing is lost: the same command starts again
+    problem = ""
+    try:
+        check(config, "train", here.world_size)
+    except ConfigError as error:
+        problem = str(error)
+        if here.rank == 0:
+            print(f"{path} can't run:\n{error}", file=sys.stderr)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    options = Options(given.seconds, 0 if given.warn_only else REFUSED, serves_store=not agents)
+    return preflight(config, problem, here, node, options)
 
 
 def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
@@ -92,7 +127,7 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
     return 0
 
 
-def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str]]:
+def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str], argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="megatron_prime",
         description="PRIME: reinforcement learning with an implicit process reward model.",
@@ -103,8 +138,22 @@ def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str]]:
     for name, sentence in COMMANDS.items():
         command = commands.add_parser(name, help=sentence, description=sentence)
         command.add_argument("run", type=Path, metavar="RUN.toml")
+        if name == "preflight":
+            command.add_argument(
+                "--seconds", type=_seconds, default=60.0, help="it ends within (default: 60)"
+            )
+            command.add_argument(
+                "--warn-only", action="store_true", help="say what is wrong, and leave with 0"
+            )
     known, overrides = parser.parse_known_args(arguments)
-    return known.command, known.run, overrides
+    return known.command, known.run, overrides, known
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if seconds < 5:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted 5 or more: Python has to start")
+    return seconds
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from megatron_prime.runtime.recorder import RunRecorder
 from megatron_prime.runtime.scheduler import PhaseScheduler
 from megatron_prime.types import LoopState, VerifiedGroup
 from megatron_prime.validate import models_of
+from megatron_prime.verify.door import code_limits
 from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
@@ -197,7 +198,9 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
 def verifier_pool(config: RunConfig, ranks: WorldRanks) -> VerifierPool:
     """This rank's checkers, already starting."""
     knobs = config.verify
-    return VerifierPool(knobs.workers, knobs.timeout_s, timeline=ranks.timeline)
+    return VerifierPool(
+        knobs.workers, knobs.timeout_s, timeline=ranks.timeline, code=code_limits(knobs)
+    )
 
 
 def rollout_roles(

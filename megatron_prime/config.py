@@ -154,7 +154,18 @@ class VerifySection(Section):
     workers: Positive = 1
     """Checker processes per rank."""
     timeout_s: PositiveFloat = 5.0
-    """A check that takes longer is killed, scores 0 and is counted."""
+    """A check of mathematics that takes longer is killed, scores 0 and is counted."""
+    code_test_s: PositiveFloat = 5.0
+    """A program that takes longer over one test has failed it."""
+    code_total_s: PositiveFloat = 50.0
+    """Tests of a response that are not done by then count as failed."""
+    code_memory_mib: Positive = 1024
+    """Memory that a program may take."""
+    numpy: bool = False
+    """Whether programs may import NumPy, the one that is installed here."""
+    sandbox: Literal["kernel", "none"] = "kernel"
+    """What keeps programs in: Landlock and seccomp, or nothing but limits of time and memory: only
+    where the cluster itself isolates the job."""
 
 
 class OptimizerSection(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from megatron_prime.data.prompts import PromptStream, load_prompts
 from megatron_prime.data.rows import DataError
 from megatron_prime.rollout.recorded import RecordedRollouts
 from megatron_prime.types import Prompt
-from megatron_prime.verify.worker import SUPPORTED_ABILITIES
+from megatron_prime.verify.door import check_sandbox, malformed_tests
 
 
 def prompt_stream(config: RunConfig, tokenizer: Any) -> PromptStream | RecordedRollouts:
@@ -31,15 +30,13 @@ def eval_prompts(config: RunConfig, tokenizer: Any) -> tuple[Prompt, ...]:
 
 
 def prompts_of(config: RunConfig, path: Path, tokenizer: Any) -> tuple[Prompt, ...]:
-    """The prompts of a file, which all must have a checker; says how many were too long."""
+    """The prompts of a file; says how many were too long. Programs need tests and a sandbox."""
     data = config.data
     found = load_prompts(path, tokenizer, data.template, data.max_prompt_length)
-    unchecked = Counter(p.ability for p in found.prompts if p.ability not in SUPPORTED_ABILITIES)
-    if unchecked:
-        raise DataError(
-            f"{path}: found {dict(unchecked)} prompts without a verifier, wanted only "
-            f"{', '.join(SUPPORTED_ABILITIES)}; leave the others out of the file"
-        )
+    if programs := [prompt for prompt in found.prompts if prompt.ability == "code"]:
+        if problems := malformed_tests(programs):
+            raise DataError("\n".join([f"{path}: malformed tests:", *problems]))
+        check_sandbox(config.verify, loud=dist.get_rank() == 0)
     report_dropped(path, len(found.prompts), found.dropped_long, "data.max_prompt_length")
     return found.prompts
 

@@ -209,6 +209,12 @@ def test_only_rank_0_speaks_of_the_configuration(run: Run, toml: Path) -> None:
     assert run("train", toml, "--rollout.group_size=1", **torchrun) == (2, "", "")
 
 
+def test_a_preflight_needs_some_seconds(run: Run, toml: Path) -> None:
+    code, _, errors = run("preflight", toml, "--seconds", "1")
+    assert code == 2
+    assert "found 1, wanted 5 or more" in errors
+
+
 @pytest.mark.parametrize("command", ["sft", "evaluate"])
 def test_every_command_checks_what_it_needs(run: Run, toml: Path, command: str) -> None:
     toml.write_text(toml.read_text().replace("eval = ", "# "))

@@ -1,6 +1,7 @@
 """Make the quickstart's task: add five digits in a chain, taught by a sloppy demonstrator.
 
     python examples/quickstart/make_data.py --out DIR [--seed N] [--train N] [--test N] [--sft N]
+        [--skills chain,linear,modular,program] [--difficulty N]
 
 A problem `8+7+6+5+9=` is solved by `8+7=15,15+6=21,21+5=26,26+9=35,\\boxed{35}`. In the traces for
 supervised fine-tuning each carry is forgotten half of the time and the trace goes on from the wrong
@@ -8,6 +9,12 @@ total: the fine-tuned model knows every step and gets few chains right, and that
 
 DIR gets train.jsonl and test.jsonl (fields of Eurus-2-RL-Data), sft.jsonl (chat messages), no
 problem in two of them, and model/: a small Qwen2's config.json and a tokenizer of characters.
+
+Other `--skills` are mixed in equal shares: linear equations, modular arithmetic, programs with
+tests (`megatron_prime/prepare/skills.py`). `--difficulty` 2, 3, … asks for more terms, larger
+numbers, more steps. Their prompts are longer and use more characters, so model/ gets a larger
+vocabulary, and a run wants larger data.max_prompt_length, rollout.max_response_length and
+sft.max_length.
 """
 
 from __future__ import annotations
@@ -15,28 +22,33 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-TERMS = 5
-PROBLEMS = 9**TERMS  # every chain of TERMS digits from 1 to 9
+from megatron_prime.prepare.skills import SKILLS, Exercise
+
 FORGOTTEN_CARRIES = 0.5  # share of carries that the demonstrator drops
 
-VOCABULARY_SIZE = 64
 PAD, EOS = "<pad>", "<eos>"
 # Characters in byte-level spelling, Ġ for a space and Ċ for a line break; others can't be encoded.
 CHARACTERS = "0123456789+-=,.\\{}()ĠĊabcdefghijklmnopqrstuvwxyz"
+ALL_CHARACTERS = "".join(map(chr, range(33, 127))) + "ĠĊ"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
-def digits_of(problem: int) -> list[int]:
-    """The TERMS digits of problem number `problem`."""
-    return [problem // 9**place % 9 + 1 for place in range(TERMS)]
+def terms_of(difficulty: int) -> int:
+    """How many digits a chain adds: 5, 7, 9, …"""
+    return 3 + 2 * difficulty
+
+
+def digits_of(problem: int, terms: int) -> list[int]:
+    """The digits, from 1 to 9, of chain number `problem` of 9 ** terms."""
+    return [problem // 9**place % 9 + 1 for place in range(terms)]
 
 
 def question(digits: list[int]) -> str:
@@ -56,24 +68,65 @@ def trace(digits: list[int], forgotten_carries: float, rng: random.Random) -> st
     return ",".join([*steps, rf"\boxed{{{total}}}"])
 
 
-def prompt_row(digits: list[int], split: str, index: int) -> dict[str, object]:
+def chains(rng: random.Random, difficulty: int, count: int, worked: int) -> list[Exercise]:
+    """So many different chains, the last `worked` of them with a sloppy trace."""
+    terms = terms_of(difficulty)
+    if count > 9**terms:
+        raise ValueError(f"found {count} problems, wanted at most {9**terms} of {terms} digits")
+    problems = [digits_of(problem, terms) for problem in rng.sample(range(9**terms), count)]
+    return [
+        Exercise(
+            "chain_addition",
+            "math",
+            question(digits),
+            str(sum(digits)),
+            trace(digits, FORGOTTEN_CARRIES, rng) if place >= count - worked else "",
+        )
+        for place, digits in enumerate(problems)
+    ]
+
+
+def mixed(skills: Sequence[str], rng: random.Random, difficulty: int, count: int) -> list[Exercise]:
+    """So many different exercises, the skills in turn."""
+    found: dict[str, Exercise] = {}
+    tries = 0
+    while len(found) < count:
+        skill = SKILLS.get(skills[len(found) % len(skills)], one_chain)
+        exercise = skill(rng, difficulty, FORGOTTEN_CARRIES)
+        tries = 0 if exercise.question not in found else tries + 1
+        found.setdefault(exercise.question, exercise)
+        if tries > 1000:
+            raise ValueError(
+                f"found {len(found)} different problems of {exercise.data_source}, wanted {count}"
+                " of all skills; raise --difficulty, or ask for fewer"
+            )
+    return list(found.values())
+
+
+def one_chain(rng: random.Random, difficulty: int, slips: float) -> Exercise:
+    """A chain as the other skills are drawn."""
+    digits = [1 + int(rng.random() * 9) for _ in range(terms_of(difficulty))]
+    worked = trace(digits, slips, rng)
+    return Exercise("chain_addition", "math", question(digits), str(sum(digits)), worked)
+
+
+def prompt_row(exercise: Exercise, split: str, index: int) -> dict[str, object]:
     """A row of train.jsonl or test.jsonl."""
     return {
-        "data_source": "chain_addition",
-        "prompt": [{"role": "user", "content": question(digits)}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": str(sum(digits))},
+        "data_source": exercise.data_source,
+        "prompt": [{"role": "user", "content": exercise.question}],
+        "ability": exercise.ability,
+        "reward_model": {"style": "rule", "ground_truth": exercise.ground_truth},
         "extra_info": {"split": split, "index": index},
     }
 
 
-def conversation_row(digits: list[int], rng: random.Random) -> dict[str, object]:
+def conversation_row(exercise: Exercise) -> dict[str, object]:
     """A row of sft.jsonl."""
-    answer = trace(digits, FORGOTTEN_CARRIES, rng)
     return {
         "messages": [
-            {"role": "user", "content": question(digits)},
-            {"role": "assistant", "content": answer},
+            {"role": "user", "content": exercise.question},
+            {"role": "assistant", "content": exercise.worked},
         ]
     }
 
@@ -83,10 +136,10 @@ def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_model(directory: Path) -> None:
+def write_model(directory: Path, characters: str) -> None:
     """Write the model's shape and its tokenizer: byte-level BPE without merges, as Qwen2's is."""
-    vocabulary = [PAD, EOS, *CHARACTERS]
-    vocabulary += [f"<unused{i}>" for i in range(VOCABULARY_SIZE - len(vocabulary))]
+    vocabulary = [PAD, EOS, *characters]
+    vocabulary += [f"<unused{i}>" for i in range(-len(vocabulary) % 64)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +162,7 @@ def write_model(directory: Path) -> None:
         "num_key_value_heads": 2,
         "intermediate_size": 512,
         "hidden_act": "silu",
-        "vocab_size": VOCABULARY_SIZE,
+        "vocab_size": len(vocabulary),
         "tie_word_embeddings": True,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
@@ -130,17 +183,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=4000, help="problems for PRIME")
     parser.add_argument("--test", type=int, default=200, help="held-out problems")
     parser.add_argument("--sft", type=int, default=15360, help="traces for fine-tuning")
+    parser.add_argument("--skills", default="chain", help=f"of {', '.join(['chain', *SKILLS])}")
+    parser.add_argument("--difficulty", type=int, default=1, help="from 1; longer and larger")
     options = parser.parse_args(arguments)
-    if (wanted := options.train + options.test + options.sft) > PROBLEMS:
-        parser.error(f"found --train + --test + --sft = {wanted}, wanted at most {PROBLEMS}")
+    skills = options.skills.split(",")
+    if unknown := [skill for skill in skills if skill not in ("chain", *SKILLS)]:
+        parser.error(f"found --skills {unknown}, wanted some of {['chain', *SKILLS]}")
+    if options.difficulty < 1:
+        parser.error(f"found --difficulty {options.difficulty}, wanted 1 or more")
+    count = options.train + options.test + options.sft
     rng = random.Random(options.seed)
-    problems = [digits_of(problem) for problem in rng.sample(range(PROBLEMS), wanted)]
-    train, rest = problems[: options.train], problems[options.train :]
+    try:
+        if skills == ["chain"]:
+            exercises = chains(rng, options.difficulty, count, options.sft)
+        else:
+            exercises = mixed(skills, rng, options.difficulty, count)
+    except ValueError as error:
+        parser.error(str(error))
+    train, rest = exercises[: options.train], exercises[options.train :]
     test, sft = rest[: options.test], rest[options.test :]
-    write_model(options.out / "model")
-    write_rows(options.out / "sft.jsonl", (conversation_row(digits, rng) for digits in sft))
+    write_model(options.out / "model", CHARACTERS if skills == ["chain"] else ALL_CHARACTERS)
+    write_rows(options.out / "sft.jsonl", map(conversation_row, sft))
     for name, split in (("train", train), ("test", test)):
-        rows = (prompt_row(digits, name, index) for index, digits in enumerate(split))
+        rows = (prompt_row(exercise, name, index) for index, exercise in enumerate(split))
         write_rows(options.out / f"{name}.jsonl", rows)
     print(f"{options.out}: {len(train)} train, {len(test)} test, {len(sft)} sft problems; model/")
 

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# What all run.sbatch files do: start a rank per GPU, pass signals on, requeue what was saved.
+# What all run.sbatch files do: look at the nodes, start a rank per GPU, pass signals on, requeue
+# what was saved.
 #
 # Sourced, because Slurm runs a copy of run.sbatch out of its spool folder. Wants FOLDER (of
 # prime.toml), MODEL, TRAIN, EVAL (may be empty), RUN, PYTHON and the array CONTAINER (options of
-# srun, may be empty). Arguments of `sbatch run.sbatch --section.key=value …` go to the run.
+# srun, may be empty). PREFLIGHT=no starts without a look at the nodes; anything else in it are
+# options of it (--seconds 120, --warn-only). Arguments of `sbatch run.sbatch --section.key=value …` go to the run.
 
 knobs=(--model.hf="$MODEL" --data.train="$TRAIN")
 if [ -n "$EVAL" ]; then knobs+=(--data.eval="$EVAL"); fi
@@ -45,35 +47,49 @@ before=$(newest)
 
 echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
   "requeued ${SLURM_RESTART_COUNT:-0} times; rank 0: tail -F $logs/rank_00000.txt"
+finish() { # of srun, process $1: its exit code; a signal ends `wait`, not srun
+  srun_pid=$1
+  if [ -n "$asked" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
+  while :; do
+    interrupted='' code=0
+    wait "$srun_pid" || code=$?
+    if [ -z "$interrupted" ]; then break; fi
+  done
+}
+
 # Ranks end each other when one is lost. --kill-on-bad-exit would kill, on the first 75, the ranks
 # that are about to say 75, and srun would return 143. --wait ends only what is left after a while:
 # longer than Slurm's SlurmdTimeout (300 s), so that it misses a lost node and requeues the job.
-srun --kill-on-bad-exit=0 --wait=400 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-  --output="$logs/rank_%5t.txt" --open-mode=append ${CONTAINER[@]+"${CONTAINER[@]}"} \
-  "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
-srun_pid=$!
-if [ -n "$asked" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
-
-while :; do # a signal ends `wait`, not srun
-  interrupted='' code=0
-  wait "$srun_pid" || code=$?
-  if [ -z "$interrupted" ]; then break; fi
-done
+step=(srun --kill-on-bad-exit=0 --wait=400 --cpus-per-task="$SLURM_CPUS_PER_TASK"
+  ${CONTAINER[@]+"${CONTAINER[@]}"})
+code=0
+if [ "${PREFLIGHT:-}" != no ]; then # at every start: a requeued job has other nodes
+  read -ra options <<<"${PREFLIGHT:-}"
+  "${step[@]}" "$PYTHON" -m megatron_prime preflight "$FOLDER/prime.toml" \
+    ${options[@]+"${options[@]}"} "${knobs[@]}" &
+  finish $!
+fi
+if [ "$code" -eq 0 ]; then
+  "${step[@]}" --output="$logs/rank_%5t.txt" --open-mode=append \
+    "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
+  finish $!
+  if [ "$code" -ne 0 ]; then
+    tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true
+    # What another rank said of itself, which rank 0 may not have heard.
+    grep -hE '^\[rank [1-9]' "$logs"/rank_*.txt 2>/dev/null | grep -v ' ended because ' | tail -n 5 || true
+  fi
+fi
 
 # So young a rank that it does not listen to signals yet dies of them.
 if [ -n "$asked" ]; then case $code in 138 | 143) code=75 ;; esac; fi
 
-if [ "$code" -ne 0 ]; then
-  tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true
-  # What another rank said of itself, which rank 0 may not have heard.
-  grep -hE '^\[rank [1-9]' "$logs"/rank_*.txt 2>/dev/null | grep -v ' ended because ' | tail -n 5 || true
-fi
 case $code in
   0) meaning='done' ;;
   2) meaning='bad configuration: mend it, submit again' ;;
   69) meaning='a rank was lost, which the line above names: submit again' ;;
   70) meaning="a phase did not end: look at $RUN/stuck, submit again" ;;
   75) meaning='asked to end; what there was to save is saved' ;;
+  78) meaning='refused for the reasons above: mend them, submit again; PREFLIGHT=no starts anyway' ;;
   137) meaning='killed, most often out of memory: submit again' ;;
   *) meaning="see $logs and docs/operations.md" ;;
 esac

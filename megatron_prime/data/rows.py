@@ -8,7 +8,7 @@ DataError.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,20 +38,44 @@ def read_rows(path: Path, parse: Callable[[int, Row], Parsed]) -> list[Parsed]:
     """
     parsed: list[Parsed] = []
     problems: list[str] = []
-    for number, row in _open_rows(path):
+    count = 0
+    for number, place, row in scan_rows(path):
         try:
-            parsed.append(parse(number, row if isinstance(row, dict) else _json_object(row)))
+            if isinstance(row, RowError):
+                raise row
+            parsed.append(parse(number, row))
         except RowError as error:  # survived until all other rows are looked at
-            place = f"row {number}" if isinstance(row, dict) else f"line {number + 1}"
-            problems.append(f"  {place}: {error}")
-    if problems:
-        hidden = len(problems) - SHOWN_PROBLEMS
-        more = [f"  … and {hidden} more"] if hidden > 0 else []
-        title = f"{path}: malformed rows: {len(problems)}"
-        raise DataError("\n".join([title, *problems[:SHOWN_PROBLEMS], *more]))
+            count += 1
+            if count <= SHOWN_PROBLEMS:
+                problems.append(f"  {place}: {error}")
+    if count:
+        raise malformed(path, problems, count)
     if not parsed:
         raise DataError(f"{path} is empty; wanted at least one row")
     return parsed
+
+
+def scan_rows(path: Path) -> Iterator[tuple[int, str, Row | RowError]]:
+    """Number, place ("line 3", "row 2") and content of each row, one after the other.
+
+    The content is a RowError where the row isn't an object. Raises DataError if the file is missing
+    or neither .jsonl nor .parquet.
+    """
+    for number, row in _open_rows(path):
+        if isinstance(row, dict):
+            yield number, f"row {number}", row
+            continue
+        try:
+            content: Row | RowError = _json_object(row)
+        except RowError as error:  # the reader decides what it means for the file
+            content = error
+        yield number, f"line {number + 1}", content
+
+
+def malformed(path: Path, problems: Sequence[str], count: int) -> DataError:
+    """One error for `count` malformed rows, of which `problems` describes the first ones."""
+    more = [f"  … and {count - len(problems)} more"] if count > len(problems) else []
+    return DataError("\n".join([f"{path}: malformed rows: {count}", *problems, *more]))
 
 
 def field(row: Row, name: str, kind: type[Field]) -> Field:

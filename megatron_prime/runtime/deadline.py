@@ -19,12 +19,10 @@ The file is made when the run begins, for C can't, and removed at its end if not
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import math
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +32,7 @@ from types import TracebackType
 from typing import IO, NamedTuple, Self
 
 from megatron_prime.protocols import Phase
+from megatron_prime.runtime.exit_timer import ExitTimer
 from megatron_prime.runtime.watchdog import STUCK
 
 LOOK_S = 0.25  # between looks at the clock
@@ -180,44 +179,3 @@ class Deadlines:
     ) -> None:
         """Close whatever happened; errors pass."""
         self.close()
-
-
-class _SigEvent(ctypes.Structure):
-    """`struct sigevent` of Linux, 64 bytes."""
-
-    _fields_ = (
-        ("value", ctypes.c_void_p),
-        ("signo", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("function", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 32),
-    )
-
-
-_SIGEV_THREAD, _CLOCK_MONOTONIC = 2, 1
-
-
-class ExitTimer:
-    """Ends the process with `code` after a while, without Python (Linux; elsewhere it never does).
-
-    A POSIX timer calls a C function in a thread of its own, with one value as argument. The
-    function is `_exit`, the value the exit code. Forked children inherit no timers.
-    """
-
-    def __init__(self, code: int) -> None:
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._timer = ctypes.c_void_p()
-        if self._libc is not None:
-            exit_function = ctypes.cast(self._libc._exit, ctypes.c_void_p)
-            event = _SigEvent(code, 0, _SIGEV_THREAD, exit_function, None, b"")
-            clock, timer = ctypes.c_int(_CLOCK_MONOTONIC), ctypes.byref(self._timer)
-            if self._libc.timer_create(clock, ctypes.byref(event), timer):
-                raise OSError("timer_create: the kernel has no timer left; see ulimit -i")
-
-    def set(self, seconds: float) -> None:
-        """Count anew, from now; 0 stops."""
-        if self._libc is not None:
-            whole, rest = divmod(seconds, 1.0)
-            interval_and_value = (ctypes.c_long * 4)(0, 0, int(whole), int(rest * 1e9))
-            self._libc.timer_settime(self._timer, 0, interval_and_value, None)

@@ -87,7 +87,7 @@ class Hub:
         """Serve `world_size` ranks, which must have come after `timeout_s`, from a thread."""
         self.token = secrets.token_hex(8)
         self._patience_s = float("inf")
-        self._listener = _listen(address)
+        self._listener = listen_on(address)
         self.port = int(self._listener.getsockname()[1])
         self._world_size, self._beat_s, self._timeout_s = world_size, beat_s, timeout_s
         self._started = time.monotonic()
@@ -206,8 +206,8 @@ class Hub:
         self._members.remove(member)
 
 
-def _listen(address: str) -> socket.socket:
-    """On `address`, or on all if that is not this machine's own: a service's name, say."""
+def listen_on(address: str) -> socket.socket:
+    """At a free port of `address`, or of all if that is not this machine's: a service's name."""
     family, *_, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
     try:
         listener = socket.create_server(found[:2], family=family, backlog=4096)

@@ -1,8 +1,8 @@
 """Outcome rewards from a pool of checker processes, while the rollouts still come in.
 
-Each check has `timeout_s` of wall-clock time from the moment a ready worker gets it. A worker that
-takes longer or dies is replaced, its check scores 0 and is counted: a failure must never look like
-a half-right answer.
+Each check has so much wall-clock time from the moment a ready worker gets it: `timeout_s`, or for a
+program that of all its tests and SLACK_S. A worker that takes longer or dies is replaced, its check
+scores 0 and is counted: a failure must never look like a half-right answer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from megatron_prime.protocols import Tally
 from megatron_prime.runtime.signals import block_stop_signals
 from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Group, VerifiedGroup
+from megatron_prime.verify.code_tests import CodeLimits
 from megatron_prime.verify.worker import READY, SUPPORTED_ABILITIES, Check, Result
 
 START_TIMEOUT_S = 300.0  # a cold shared file system can take minutes over the imports
+SLACK_S = 10.0  # beyond the tests' own time: for starting a sandbox and for killing a program
 
 
 class VerifierPool:
@@ -43,10 +45,14 @@ class VerifierPool:
         timeout_s: float,
         command: Sequence[str] | None = None,
         timeline: Timeline | None = None,
+        code: CodeLimits | None = None,
     ) -> None:
+        code = code or CodeLimits()
         if command is None:
-            command = (sys.executable, "-m", "megatron_prime.verify.worker", str(os.getpid()))
-        self._timeout_s, self._timeline = timeout_s, timeline or Timeline()
+            module, parent = "megatron_prime.verify.worker", str(os.getpid())
+            command = (sys.executable, "-m", module, parent, code.to_json())
+        self._timeout_s = {"math": timeout_s, "code": code.total_s + SLACK_S}
+        self._timeline = timeline or Timeline()
         self._ids = itertools.count()
         self._workers = [_Worker(command) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -130,7 +136,7 @@ class VerifierPool:
         """Runs in one of the pool's threads."""
         worker = self._idle.get()
         try:
-            reward = worker.run(check, self._timeout_s)
+            reward = worker.run(check, self._timeout_s[check.ability])
         finally:
             self._idle.put(worker)
         checked.take(sample, reward)

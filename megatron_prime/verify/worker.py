@@ -2,8 +2,8 @@
 
 Checks run model-written input through SymPy, which may hang, eat memory or crash. So they run here,
 where nothing but one check is lost: the address space is limited, the process dies with its parent,
-and what libraries print goes to stderr. The first line out says that the imports, seconds of them,
-are done. Started by `pool.py`.
+and what libraries print goes to stderr. Programs go on into a sandbox of this worker. The first
+line out says that the imports, seconds of them, are done. Started by `pool.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from megatron_prime.runtime.parent import die_with
+from megatron_prime.verify import code_tests
+from megatron_prime.verify.code_tests import CodeLimits
 from megatron_prime.verify.math_answer import grade
 
-CHECKERS: dict[str, Callable[[str, str], float]] = {"math": grade}
+CHECKERS: dict[str, Callable[[str, str], float]] = {"math": grade, "code": code_tests.grade}
 SUPPORTED_ABILITIES = tuple(CHECKERS)
 READY = b'{"ready": true}\n'
 ADDRESS_SPACE = 4 << 30  # bytes
@@ -70,15 +72,15 @@ def run_check(check: Check) -> Result:
         return Result(check.id, None)
 
 
-def main(parent: int) -> None:
+def main(parent: int, limits: CodeLimits) -> None:
     """Serve checks from stdin until it ends."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _limit_memory()
     results = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a library's print must not look like a result
-    for checker in CHECKERS.values():
-        checker(r"\boxed{\frac{1}{2}}", "0.5")  # imports what it needs
+    CHECKERS["math"](r"\boxed{\frac{1}{2}}", "0.5")  # imports what it needs
+    CHECKERS["code"] = code_tests.CodeGrader(limits).grade
     results.write(READY)
     for line in sys.stdin.buffer:
         results.write(run_check(Check.from_line(line)).to_line())
@@ -92,4 +94,4 @@ def _limit_memory() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), CodeLimits.from_json(sys.argv[2]))

@@ -1,7 +1,9 @@
+import hashlib
 import importlib.util
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,86 @@ def test_the_seed_decides_everything(script, out, tmp_path):
     for name in ("train.jsonl", "test.jsonl", "sft.jsonl", "model/tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     assert (tmp_path / "other/sft.jsonl").read_bytes() != (out / "sft.jsonl").read_bytes()
+
+
+# Of `--train 300 --test 200 --sft 3000`: the quickstart's measured figures are of these problems.
+DIGESTS = {  # the first half of each SHA-256
+    "train.jsonl": "3bbf5260ae6c6b84f26eba7ffa9a3827",
+    "test.jsonl": "9952155b69cf608c54f691472a1c71a3",
+    "sft.jsonl": "f36a79af5d69bc12cc33c510410b4013",
+    "model/tokenizer.json": "3f3130404761b8e8a9d0fc19254b0e9a",
+    "model/tokenizer_config.json": "0552f669b275df42e7a4fc80be10e8d5",
+    "model/config.json": "64b8325997df360a2846cedfb5949eec",
+}
+
+
+def test_the_default_task_is_the_one_that_was_measured(out):
+    for name, digest in DIGESTS.items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest()[:32] == digest, name
+
+
+@pytest.fixture(scope="module")
+def mixed(script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    skills = ["--skills", "linear,program,chain,modular", "--difficulty", "2"]
+    sizes = ["--train", "40", "--test", "20", "--sft", "60"]
+    script.main(["--out", str(folder), *skills, *sizes])
+    return folder
+
+
+def test_other_skills_are_mixed_in_equal_shares_and_no_question_comes_twice(mixed):
+    made = rows(mixed / "train.jsonl") + rows(mixed / "test.jsonl")
+    assert Counter(row["data_source"] for row in made) == {
+        "linear_equations": 15,
+        "small_programs": 15,
+        "chain_addition": 15,
+        "modular_arithmetic": 15,
+    }
+    questions = [row["prompt"][0]["content"] for row in made]
+    questions += [row["messages"][0]["content"] for row in rows(mixed / "sft.jsonl")]
+    assert len(set(questions)) == len(questions) == 120
+
+
+def test_chains_grow_with_difficulty_and_their_truth_is_the_sum(script, mixed, tmp_path):
+    arguments = ["--train", "20", "--test", "0", "--sft", "20", "--difficulty", "3"]
+    script.main(["--out", str(tmp_path), *arguments])
+    chains = {7: rows(mixed / "train.jsonl"), 9: rows(tmp_path / "train.jsonl")}
+    for terms, made in chains.items():
+        for row in made:
+            if row["data_source"] == "chain_addition":
+                question = row["prompt"][0]["content"]
+                assert re.fullmatch(rf"[1-9](\+[1-9]){{{terms - 1}}}=", question)
+                truth = sum(map(int, re.findall(r"\d", question)))
+                assert row["reward_model"]["ground_truth"] == str(truth)
+
+
+def test_the_project_reads_the_mixed_rows_and_the_tokenizer_spells_them(mixed):
+    tokenizer = load_tokenizer(mixed / "model")
+    prompts = load_prompts(mixed / "train.jsonl", tokenizer, "plain", 1000).prompts
+    made = rows(mixed / "train.jsonl")
+    assert len(prompts) == 40
+    for prompt, row in zip(prompts, made, strict=True):
+        assert tokenizer.decode(prompt.token_ids) == row["prompt"][0]["content"]
+    conversations = load_conversations(mixed / "sft.jsonl", tokenizer, 1000).examples
+    for example, row in zip(conversations, rows(mixed / "sft.jsonl"), strict=True):
+        learnt = [t for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m]
+        assert tokenizer.decode(learnt) == row["messages"][1]["content"] + "<eos>"
+    config = json.loads((mixed / "model" / "config.json").read_text())
+    assert config["vocab_size"] == len(tokenizer) == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--skills", "chain,poetry"], "found --skills ['poetry']"),
+        (["--difficulty", "0"], "found --difficulty 0, wanted 1 or more"),
+        (["--skills", "linear", "--train", "90000"], "raise --difficulty, or ask for fewer"),
+    ],
+)
+def test_wrong_arguments_are_told(script, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script.main(["--out", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_more_problems_than_there_are_are_refused(script, tmp_path, capsys):

@@ -36,6 +36,12 @@ every_example = pytest.mark.parametrize("name", NAMES)
 WITHIN = 1.03  # of the fastest predicted layout, as the READMEs say
 
 SRUN = """#!/usr/bin/env bash
+case " $* " in *' megatron_prime preflight '*)
+  printf '%s\\n' "$@" > "$FAKE/preflight"
+  trap 'echo USR1 >> "$FAKE/signals"; exit 75' USR1
+  if [ "$REFUSAL" = wait ]; then for _ in {1..1200}; do sleep 0.05; done; fi
+  exit "$REFUSAL" ;;
+esac
 printf '%s\\n' "$@" > "$FAKE/srun"
 printenv LOCAL_WORLD_SIZE PYTHONPATH MASTER_ADDR > "$FAKE/environment"
 for argument; do case $argument in --output=*) logs=${argument#--output=} ;; esac; done
@@ -102,7 +108,7 @@ def cluster(tmp_path: Path) -> Cluster:
     given = {"MODEL": "/m m", "TRAIN": "/t", "RUN": str(tmp_path / "run"), "PYTHON": "/p/python"}
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     paths = {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
-    job |= {"SLURM_NTASKS_PER_NODE": "8", "STATE": "RUNNING", "CODE": "0"}
+    job |= {"SLURM_NTASKS_PER_NODE": "8", "STATE": "RUNNING", "CODE": "0", "REFUSAL": "0"}
     return Cluster(tmp_path, {**own, **job, **given, **paths})
 
 
@@ -189,6 +195,47 @@ def test_the_command_of_each_rank(name: str, cluster: Cluster) -> None:
     assert cluster.said("environment")[2] == "10.0.0.1"
 
 
+def test_the_nodes_are_looked_at_first(cluster: Cluster) -> None:
+    code, output = cluster.run()
+    assert code == 0, output
+    words, train = cluster.said("preflight"), cluster.said("srun")
+    start, began = words.index("/p/python"), train.index("/p/python")
+    assert words[start : start + 4] == ["/p/python", "-m", "megatron_prime", "preflight"]
+    assert words[start + 4 :] == train[began + 4 :], "with the same file and knobs"
+    assert {"--kill-on-bad-exit=0", "--wait=400", "--cpus-per-task=12"} <= set(words)
+    assert not any(word.startswith("--output") for word in words), "its table is in the job's"
+
+
+def test_a_refusal_ends_the_job_before_any_rank_trains(cluster: Cluster) -> None:
+    code, output = cluster.run(REFUSAL="78")
+    assert (code, cluster.said("srun"), cluster.said("scontrol")) == (78, [], [])
+    assert "exit code 78: refused for the reasons above" in output
+
+
+def test_the_look_has_options_and_can_be_left_out(cluster: Cluster) -> None:
+    cluster.run(PREFLIGHT="--seconds 120 --warn-only")
+    words = cluster.said("preflight")
+    toml = words.index(str(EXAMPLES / NAMES[0] / "prime.toml"))
+    assert words[toml + 1 : toml + 4] == ["--seconds", "120", "--warn-only"]
+    (cluster.folder / "preflight").unlink()
+    code, _ = cluster.run(PREFLIGHT="no")
+    assert (code, cluster.said("preflight")) == (0, [])
+    assert cluster.said("srun")
+
+
+def test_a_signal_during_the_look_requeues(cluster: Cluster) -> None:
+    job = cluster.submit(NAMES[0], REFUSAL="wait")
+    patience = time.monotonic() + 30
+    while not cluster.said("preflight"):
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    time.sleep(0.5)  # for its trap
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=30)
+    assert (job.returncode, cluster.said("srun")) == (75, []), output
+    assert cluster.said("scontrol") == ["requeue 123"]
+
+
 def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     source = (EXAMPLES / NAMES[0] / "run.sbatch").read_text()
     commented = re.findall(r"^# CONTAINER=\((.*)\)$", source, re.MULTILINE)[0]
@@ -196,8 +243,12 @@ def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     script.write_text(re.sub(r"^CONTAINER=\(\)$", f"CONTAINER=({commented})", source, flags=re.M))
     folder = {"FOLDER": str(EXAMPLES / NAMES[0]), "EVAL": ""}
     subprocess.run(["bash", str(script)], env={**cluster.environment, **folder}, check=True)
+    for file in ("preflight", "srun"):
+        words = cluster.said(file)
+        at = words.index(commented.split()[0])
+        assert words[at : at + 2] == commented.split()
+        assert at < words.index("/p/python")
     words = cluster.said("srun")
-    assert words[words.index("/p/python") - 2 : words.index("/p/python")] == commented.split()
     assert not any(word.startswith("--data.eval") for word in words)
 
 
@@ -295,6 +346,6 @@ def test_the_manual_keeps_math_rows(tmp_path: Path) -> None:
 
 def test_the_manual_names_all_exit_codes() -> None:
     codes = re.findall(r"^ {2}(\d+)\)", (EXAMPLES / "slurm/prime.sh").read_text(), re.MULTILINE)
-    assert codes == ["0", "2", "69", "70", "75", "137"]
+    assert codes == ["0", "2", "69", "70", "75", "78", "137"]
     manual = (EXAMPLES / "README.md").read_text()
     assert all(re.search(rf"^\| {code} \|", manual, re.MULTILINE) for code in codes)

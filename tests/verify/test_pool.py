@@ -11,6 +11,7 @@ import pytest
 
 from megatron_prime import protocols
 from megatron_prime.types import Group, Prompt, Rollout
+from megatron_prime.verify.code_tests import CodeLimits
 from megatron_prime.verify.pool import VerifierPool
 
 # Speaks the worker's protocol; what it does with a check is the first word of the response.
@@ -44,7 +45,7 @@ def fake_worker(tmp_path):
 
 @pytest.fixture(scope="module")
 def real_pool():
-    with VerifierPool(workers=2, timeout_s=2.0) as pool:
+    with VerifierPool(workers=2, timeout_s=2.0, code=CodeLimits(test_s=2.0)) as pool:
         yield pool
 
 
@@ -223,9 +224,11 @@ def test_an_exception_of_the_generator_passes_and_the_pool_stays_usable(fake_wor
 def test_an_ability_without_a_checker_is_refused(fake_worker):
     with (
         VerifierPool(1, 20.0, fake_worker()) as pool,
-        pytest.raises(ValueError, match=r"prompt 7 of test: found ability 'code'.*\(math\)"),
+        pytest.raises(
+            ValueError, match=r"prompt 7 of test: found ability 'poetry'.*\(math, code\)"
+        ),
     ):
-        pool.verify([group("say yes", number=7, ability="code")])
+        pool.verify([group("say yes", number=7, ability="poetry")])
 
 
 def test_a_worker_that_can_not_start_is_an_error_not_a_reward():
@@ -311,6 +314,29 @@ def test_a_sympy_tower_hangs_only_its_own_check(real_pool):
     (verified,) = real_pool.verify([group(tower, r"\boxed{\frac{14}{6}}", "no box", truth="7/3")])
     assert verified.outcome_rewards == (0.0, 1.0, 0.0)
     assert verified.checker_failures == 1
+
+
+def test_programs_go_to_the_sandbox(real_pool):
+    def program(source):
+        return f"```python\n{source}\n```"
+
+    tests = '{"inputs": ["1", "2"], "outputs": ["2", "4"]}'
+    right, half = program("print(2 * int(input()))"), program("print(2)")
+    endless = program("print(2 * int(input()))\nwhile True: pass")
+    code = group(right, half, endless, "no program", truth=tests, ability="code")
+    (math, verified) = real_pool.verify([group(r"\boxed{7}", truth="7"), code])
+    assert math.outcome_rewards == (1.0,)
+    assert verified.outcome_rewards == (1.0, 0.5, 0.0, 0.0)
+    assert verified.checker_failures == 0, "an endless program is a wrong one, not a failed check"
+    (verified,) = real_pool.verify([group(right, truth='{"inputs": []}', ability="code")])
+    assert (verified.outcome_rewards, verified.checker_failures) == ((0.0,), 1)
+
+
+def test_programs_have_the_time_of_all_their_tests(fake_worker):
+    with VerifierPool(1, 0.3, fake_worker(), code=CodeLimits(total_s=20.0)) as pool:
+        (code,) = pool.verify([group("sleep 1", ability="code")])
+        (math,) = pool.verify([group("sleep 1")])
+    assert (code.checker_failures, math.checker_failures) == (0, 1)
 
 
 def test_two_thousand_integer_answers_take_seconds(real_pool):

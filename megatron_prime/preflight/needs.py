@@ -1,0 +1,89 @@
+"""What the run needs of a node, by the planner: memory, disk, files.
+
+A checkpoint holds weights, masters and moments of policy and PRM, each value once: what tensor- and
+pipeline-parallel ranks hold, and what the distributed optimizer spreads over data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.planner.door import machine_of
+from megatron_prime.planner.table import plan_of
+
+OPEN_FILES, OPEN_FILES_PER_RANK = 1024, 8  # sockets of gloo, NCCL and the hub, to every other rank
+SHM_PER_GPU = 64 * 2**20  # NCCL's buffers between the GPUs of a node
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """In bytes, but for the numbers."""
+
+    ranks: int  # of the run
+    open_files: int
+    shm: int  # per node
+    device: int | None = None  # per GPU at the worst moment; None: no GPU, or no plan
+    host: int | None = None  # per node: what leaves its GPUs, or, without GPUs, all there is
+    checkpoint: int | None = None
+    export: int = 0
+    checkpoints: int = 1  # that the disk still has to take
+    keeps_all: bool = False
+    shares_gpus: bool = False  # with servers, which are processes of their own
+    no_plan: str = ""  # why there is none
+
+
+def needs_of(
+    config: RunConfig, ranks: int, local_ranks: int, device_bytes: int | None, there: int
+) -> Needs:
+    """`device_bytes`: of the smallest GPU, None without one; `there`: checkpoints that exist."""
+    on_gpu = device_bytes is not None
+    files = OPEN_FILES + OPEN_FILES_PER_RANK * ranks
+    shm = SHM_PER_GPU * local_ranks if on_gpu else 0
+    if config.rollout.engine == "sglang" and not on_gpu:  # new weights go through it
+        shm = int(2 * config.rollout.sync_bucket_mib * 2**20) * local_ranks
+    try:
+        _, plan = plan_of(config, ranks, machine_of(config, device_bytes, on_gpu))
+    except ConfigError as error:
+        return Needs(ranks, files, shm, no_plan=str(error).partition("\n")[0])
+    sizes = config.parallel
+    replicas = ranks // (sizes.tp * sizes.pp)
+    stages = [rank.kept for rank in plan.ranks]
+    peak = plan.peak.device
+    if not on_gpu and config.rollout.engine == "sglang":  # without a limit it has no useful size
+        peak -= plan.peak.resident.get("engine.kv_cache", 0)
+    return Needs(
+        ranks=ranks,
+        open_files=files,
+        shm=shm,
+        device=peak if on_gpu else None,
+        host=(plan.host_bytes if on_gpu else peak) * local_ranks,
+        checkpoint=checkpoint_bytes(stages, sizes.tp, replicas if on_gpu else 1),
+        export=sizes.tp * sum(kept["policy.weights"] for kept in stages),
+        checkpoints=checkpoints_to_come(config, there),
+        keeps_all=config.checkpoint.keep == 0,
+        shares_gpus=on_gpu and config.rollout.engine == "sglang",
+    )
+
+
+def checkpoint_bytes(stages: list[Mapping[str, int]], tp: int, shards: int) -> int:
+    """Of all ranks together, from what the first rank of each pipeline stage keeps.
+
+    `shards`: how many ranks the optimizer's states of one tensor are spread over.
+    """
+    of = {"weights": 1, "masters": shards, "moments": shards}
+    return tp * sum(
+        times * kept.get(f"{model}.{kind}", 0)
+        for kept in stages
+        for model in ("policy", "prm")
+        for kind, times in of.items()
+    )
+
+
+def checkpoints_to_come(config: RunConfig, there: int) -> int:
+    """How many more have to fit at once: what is kept, and the one being written."""
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    saved = -(-config.run.steps // every) if every else 1
+    at_once = saved if keep == 0 else min(saved, keep + 1)
+    return max(1, at_once - there)

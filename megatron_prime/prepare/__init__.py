@@ -1,0 +1,1 @@
+"""From published data sets to training files: filters, duplicates, contamination, splits."""
