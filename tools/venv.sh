@@ -1,9 +1,11 @@
+# shellcheck shell=bash
 # Sourced by run scripts; use_venv makes .venv with the package, or reuses it, and puts it on PATH.
 #
 #   source tools/venv.sh
 #   use_venv          # the plain CPU install
 #   use_venv dev      # with an extra of setup.py
 #   use_sglang        # after that: .venv-sglang, SGLang for a CPU; exports SGLANG_PYTHON
+#   use_slurm         # Slurm and shellcheck from apt, where that may be used
 #
 # PYTHON chooses the interpreter (3.11 or 3.12), TORCH the torch to install first (torch==2.13.0).
 set -euo pipefail
@@ -80,4 +82,19 @@ make_sglang() {
 use_sglang() {
   make_sglang
   export SGLANG_PYTHON=$ROOT/.venv-sglang/bin/python
+}
+
+# For tests/slurm, which otherwise skip and say why. Installs for the whole machine: only as root.
+use_slurm() {
+  local program lacking=''
+  for program in slurmctld slurmd sbatch munged shellcheck; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || lacking+=" $program"
+  done
+  if [ -z "$lacking" ]; then return; fi
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+  echo "installing Slurm and shellcheck (once) …" >&2
+  {
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      slurmctld slurmd slurm-client munge shellcheck
+  } </dev/null >/dev/null 2>&1 || echo "apt could not install$lacking; some tests will skip" >&2
 }

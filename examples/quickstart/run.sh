@@ -29,7 +29,7 @@ if [ -z "$out" ]; then
 fi
 
 source tools/venv.sh
-use_venv
+use_venv ''
 if [ "$engine" = sglang ]; then
   use_sglang
   # Two servers of two ranks each, on the four ranks of the trainer.

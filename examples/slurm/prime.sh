@@ -24,22 +24,32 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: exchanges begin in the order th
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Some containers' hooks set torchrun's variables for srun's tasks, but not this one.
 export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+# Where ranks meet: the first node, by the address that Slurm itself uses; its name may mean nothing
+# to the others.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+address=$(scontrol -o show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 
-# Signals that Slurm sends to this shell go to srun, which passes them to all ranks.
+# Signals that Slurm sends to this shell go to srun as USR1, which it passes to all ranks. Of TERM it
+# would kill them at once.
 srun_pid='' asked='' interrupted=''
+# shellcheck disable=SC2317 # reached, by the traps
 pass_on() {
-  asked=$1 interrupted=yes
+  asked=yes interrupted=yes
   echo "[prime] $(date '+%F %T') $1: ranks finish their step and save it"
-  if [ -n "$srun_pid" ]; then kill -s "$1" "$srun_pid" 2>/dev/null || true; fi
+  if [ -n "$srun_pid" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
+
+newest() { printf '%s\n' "$RUN"/checkpoints/step_* | tail -n 1; }
+before=$(newest)
 
 echo "[prime] $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
   "requeued ${SLURM_RESTART_COUNT:-0} times; rank 0: tail -F $logs/rank_00000.txt"
 finish() { # of srun, process $1: its exit code; a signal ends `wait`, not srun
   srun_pid=$1
-  if [ -n "$asked" ]; then kill -s "$asked" "$srun_pid" 2>/dev/null || true; fi
+  if [ -n "$asked" ]; then kill -s USR1 "$srun_pid" 2>/dev/null || true; fi
   while :; do
     interrupted='' code=0
     wait "$srun_pid" || code=$?
@@ -48,8 +58,9 @@ finish() { # of srun, process $1: its exit code; a signal ends `wait`, not srun
 }
 
 # Ranks end each other when one is lost. --kill-on-bad-exit would kill, on the first 75, the ranks
-# that are about to say 75, and srun would return 143; --wait ends only what is left after a while.
-step=(srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK"
+# that are about to say 75, and srun would return 143. --wait ends only what is left after a while:
+# longer than Slurm's SlurmdTimeout (300 s), so that it misses a lost node and requeues the job.
+step=(srun --kill-on-bad-exit=0 --wait=400 --cpus-per-task="$SLURM_CPUS_PER_TASK"
   ${CONTAINER[@]+"${CONTAINER[@]}"})
 code=0
 if [ "${PREFLIGHT:-}" != no ]; then # at every start: a requeued job has other nodes
@@ -62,26 +73,46 @@ if [ "$code" -eq 0 ]; then
   "${step[@]}" --output="$logs/rank_%5t.txt" --open-mode=append \
     "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}" &
   finish $!
-  if [ "$code" -ne 0 ]; then tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true; fi
+  if [ "$code" -ne 0 ]; then
+    tail -n 20 "$logs/rank_00000.txt" 2>/dev/null || true
+    # What another rank said of itself, which rank 0 may not have heard.
+    grep -hE '^\[rank [1-9]' "$logs"/rank_*.txt 2>/dev/null | grep -v ' ended because ' | tail -n 5 || true
+  fi
 fi
+
+# So young a rank that it does not listen to signals yet dies of them.
+if [ -n "$asked" ]; then case $code in 138 | 143) code=75 ;; esac; fi
 
 case $code in
   0) meaning='done' ;;
   2) meaning='bad configuration: mend it, submit again' ;;
   69) meaning='a rank was lost, which the line above names: submit again' ;;
   70) meaning="a phase did not end: look at $RUN/stuck, submit again" ;;
-  75) meaning='asked to end; saved' ;;
+  75) meaning='asked to end; what there was to save is saved' ;;
   78) meaning='refused for the reasons above: mend them, submit again; PREFLIGHT=no starts anyway' ;;
   137) meaning='killed, most often out of memory: submit again' ;;
   *) meaning="see $logs and docs/operations.md" ;;
 esac
 echo "[prime] $(date '+%F %T') exit code $code: $meaning"
 if [ "$code" -eq 75 ]; then
+  # The last task of an array has the array's own number: as a job that means all of its tasks.
+  job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
   # A job that was cancelled, or that Slurm itself requeues, is not RUNNING any more.
-  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
-  if [ "$state" = RUNNING ]; then
+  state=$(scontrol show job "$job" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
+  # A time limit that is too short for a first step would requeue for ever.
+  vain=0
+  if [ "$(newest)" = "$before" ]; then
+    date >>"$logs/saved_nothing"
+    vain=$(wc -l <"$logs/saved_nothing")
+  else
+    rm -f "$logs/saved_nothing"
+  fi
+  if [ "$state" = RUNNING ] && [ "$vain" -ge 5 ]; then
+    echo "[prime] $vain starts in a row have saved nothing: not requeued; is the time limit too short?"
+  elif [ "$state" = RUNNING ]; then
     echo "[prime] requeue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   else
     echo "[prime] the job is $state: not requeued; the same sbatch command continues the run"
   fi

@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 PYTHONPATH=$ROOT
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-if command -v taskset >/dev/null; then pin=(taskset --cpu-list 0,1); else pin=(); fi
+if command -v taskset >/dev/null; then pin=(taskset --cpu-list "0,1"); else pin=(); fi
 
 bench() {
   local program=$1
