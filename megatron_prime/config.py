@@ -21,6 +21,7 @@ from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
 from megatron_prime.options import AdvantageOptions as AdvantageOptions
 from megatron_prime.options import (
     Beta,
+    EvaluateSection,
     FilePath,
     Fraction,
     NonNegative,
@@ -251,16 +252,6 @@ class SftSection(BatchSection):
     """Conversations per optimizer step."""
     max_length: Positive = 4096
     """Longer conversations are counted and dropped."""
-
-
-class EvaluateSection(Section):
-    """Greedy accuracy on `data.eval`."""
-
-    every: NonNegative = 16
-    """Steps between evaluations during training; 0 evaluates only before the first and after the
-    last step."""
-    max_prompts: NonNegative = 0
-    """Evaluate on the first this many prompts; 0 takes all."""
 
 
 class CheckpointSection(Section):

@@ -1,8 +1,9 @@
-"""Generation without training: greedy accuracy on held-out prompts, and rollouts to disk."""
+"""Generation without training: greedy accuracy of a step, and rollouts to disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_prime import figures
 from megatron_prime.config import RunConfig
@@ -19,24 +20,35 @@ from megatron_prime.types import Metrics, Prompt, Sampling, VerifiedGroup
 
 
 def answer(
-    config: RunConfig,
     engine: RolloutEngine,
     verifier: Verifier,
     ranks: Ranks,
     prompts: Sequence[Prompt],
+    sampling: Sampling,
 ) -> list[VerifiedGroup]:
-    """The most likely answer to each prompt, verified; the same list on every rank."""
-    greedy = Sampling(1, 0.0, config.rollout.max_response_length, seed=0)
-    return ranks.gather(verifier.verify(engine.generate(prompts, greedy)), prompts)
+    """Answers to each prompt, verified; the same list on every rank."""
+    return ranks.gather(verifier.verify(engine.generate(prompts, sampling)), prompts)
+
+
+def greedy(max_tokens: int) -> Sampling:
+    """The most likely answer."""
+    return Sampling(1, 0.0, max_tokens, seed=0)
 
 
 def evaluate(config: RunConfig, roles: Roles) -> Metrics:
-    """Figures of the policy's answers to `roles.eval_prompts`; none without prompts."""
-    if not roles.eval_prompts:
-        return {}
+    """Figures of the policy's greedy answers to `roles.eval_prompts` and `roles.eval_sets`."""
+    held_out, found = roles.eval_prompts, Metrics()
+    if not held_out and not roles.eval_sets:
+        return found
     with roles.gpus.phase(Phase.EVALUATE):
-        answers = answer(config, roles.engine, roles.verifier, roles.ranks, roles.eval_prompts)
-        return figures.of_evaluation(answers)
+        ask = partial(answer, roles.engine, roles.verifier, roles.ranks)
+        if held_out:
+            knobs = config.rollout
+            found |= figures.of_evaluation(ask(held_out, greedy(knobs.max_response_length)))
+        for problems in roles.eval_sets:
+            answers = ask(problems.prompts, greedy(problems.max_tokens))
+            found |= figures.of_set(problems.name, answers)
+    return found
 
 
 def sampling_of(config: RunConfig, step: int, round_: int) -> Sampling:

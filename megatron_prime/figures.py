@@ -86,6 +86,14 @@ def of_evaluation(groups: Sequence[VerifiedGroup]) -> Metrics:
     return _responses("evaluate", groups) | {"evaluate/failures": failures}
 
 
+def of_set(name: str, groups: Sequence[VerifiedGroup]) -> Metrics:
+    """Greedy answers to a benchmark set; accuracy counts what is wholly right."""
+    found = _responses(f"eval/{name}", groups)
+    found[f"eval/{name}/accuracy"] = sum(group.accuracy == 1.0 for group in groups) / len(groups)
+    failures = sum(group.checker_failures for group in groups)
+    return found | {f"eval/{name}/failures": failures}
+
+
 def _responses(prefix: str, groups: Sequence[VerifiedGroup]) -> Metrics:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [len(rollout.response_ids) for rollout in rollouts]

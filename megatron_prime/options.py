@@ -18,6 +18,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[Path, Field(strict=False)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of files and of metrics, too
 
 
 class Section(BaseModel):
@@ -135,3 +136,38 @@ class RolloutSection(Section):
     """Of SGLang: how long a server may take over one bucket of new weights."""
     max_restarts: NonNegative = 3
     """Of SGLang: how often one server may fail in a step before the run stops."""
+
+
+class EvaluateSection(Section):
+    """Accuracy on `data.eval` and on benchmark sets; see docs/evaluation.md."""
+
+    every: NonNegative = 16
+    """Steps between evaluations during training; 0 evaluates only before the first and after the
+    last step."""
+    max_prompts: NonNegative = 0
+    """Evaluate on the first this many prompts of each file; 0 takes all."""
+    sets: dict[SetName, FilePath] = Field(default={})
+    """Benchmark sets, a file for each: aime2024, amc, math500, minerva, olympiadbench, leetcode,
+    livecodebench with the paper's token limits, or any other name. `evaluate` takes these instead
+    of `data.eval`; training logs each one's greedy accuracy as well."""
+    policy: FilePath | None = None
+    """Weights to evaluate: a Hugging Face checkpoint, or a run's `checkpoints/step_…`, of the
+    architecture and with the tokenizer of `model.hf`; not set: those of `model.hf`."""
+    greedy: bool = True
+    """Answer each problem of `sets` once with the most likely tokens (pass@1 of the paper)."""
+    samples: NonNegative = 0
+    """Responses that `evaluate` samples to each problem of `sets` (avg@k, pass@k, maj@k,
+    best-of-N); 0 samples none. The paper's avg@16: 16."""
+    temperature: PositiveFloat = 0.3
+    """Of those samples."""
+    max_response_length: Positive | None = None
+    """Longest response to a problem of `sets`; not set: a known set's own limit, and
+    `rollout.max_response_length` for others."""
+    prm: FilePath | None = None
+    """PRM that ranks the samples (best-of-N): a Hugging Face checkpoint, or a run's
+    `checkpoints/step_…`; `[prm]`, `[precision]` and `[megatron]` say how it is loaded."""
+    reference: FilePath | None = None
+    """Hugging Face checkpoint of the reference in the PRM's log-ratio; not set: the `model.hf` of
+    the run that `prm` is a checkpoint of."""
+    chunk: Positive = 64
+    """Problems that are answered and written together; a killed evaluation loses at most these."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_prime.config import FilterSection
 from megatron_prime.types import (
+    EvalSet,
     Group,
     LoopState,
     Metrics,
@@ -188,3 +189,4 @@ class Roles:
     checkpoints: Checkpoints
     signals: StopSignals
     eval_prompts: Sequence[Prompt] = ()
+    eval_sets: Sequence[EvalSet] = ()

@@ -32,6 +32,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class EvalSet:
+    """The problems of a benchmark; `prompt_id` is the row in its file."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    ids: tuple[str, ...]  # what the file calls them
+    max_tokens: int  # of a response
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How a batch of prompts is continued."""
 

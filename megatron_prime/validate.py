@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import precision_rules, rollout_rules
+from megatron_prime import evaluate_rules, precision_rules, rollout_rules
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
@@ -32,7 +32,7 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
     `world_size` is the number of ranks; None if it is not known yet. Raises ConfigError with all
     problems, a line each.
     """
-    if command in ("evaluate", "rollout"):  # no Megatron model: `[megatron]` does not matter
+    if command in ("evaluate", "rollout"):  # `[megatron]` matters to a PRM that ranks alone
         problems = list(_of_generation(config, command, world_size))
     else:
         find = {"train": _of_training, "sft": _of_fine_tuning, "replay": _of_replay}[command]
@@ -45,6 +45,8 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
 
 def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
     """The models that the command builds, by their names in `[precision]`."""
+    if command == "evaluate":
+        return ("prm", "reference") if config.evaluate.prm is not None else ()
     whole = command in ("train", "replay") and config.uses_prm
     return ("policy", "prm", "reference") if whole else ("policy",)
 
@@ -64,6 +66,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
     if config.data.eval is not None:
         yield from _file("data.eval", config.data.eval)
+    yield from evaluate_rules.problems(config, _model)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
     if config.advantage.estimator == "rloo" and rollout.group_size < 2:
         yield (
@@ -116,14 +119,17 @@ def _of_replay(config: RunConfig, _world_size: int | None) -> Iterator[str]:
 
 def _of_generation(config: RunConfig, command: str, world_size: int | None) -> Iterator[str]:
     whole = config.model_copy(update={"megatron": {}})
-    yield from _model(whole, "model.hf", config.model.hf, _longest(config), ())
+    own_lengths = command == "evaluate" and config.evaluate.sets
+    lengths = {} if own_lengths else _longest(config)
+    yield from _model(whole, "model.hf", config.model.hf, lengths, ())
     yield from _engine(config, world_size)
     if command == "rollout":
         yield from _file("data.train", config.data.train)
-    elif config.data.eval is None:
-        yield "data.eval: missing; set it to the problems to evaluate on"
-    else:
-        yield from _file("data.eval", config.data.eval)
+        return
+    yield from evaluate_rules.command_problems(config, _model)
+    if config.evaluate.prm is not None:
+        parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
+        yield from parallel or _ranks(config, world_size)
 
 
 def _unsupported(config: RunConfig) -> Iterator[str]:

@@ -52,7 +52,7 @@ def load_prompts(
     check_tokenizer(tokenizer)
 
     def parse(number: int, row: Row) -> Prompt:
-        return _parse_prompt(number, row, tokenizer, template)
+        return parse_prompt(number, row, tokenizer, template)
 
     prompts = read_rows(path, parse)
     fitting = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_length)
@@ -65,7 +65,8 @@ def load_prompts(
     return PromptSet(fitting, len(prompts) - len(fitting))
 
 
-def _parse_prompt(number: int, row: Row, tokenizer: Tokenizer, template: Template) -> Prompt:
+def parse_prompt(number: int, row: Row, tokenizer: Tokenizer, template: Template) -> Prompt:
+    """A row with the fields that `load_prompts` names; RowError for another."""
     messages = parse_messages(row, "prompt")
     if messages[-1].role != "user":
         raise RowError(f"prompt: found {messages[-1].role!r} as the last role, wanted 'user'")
@@ -93,7 +94,7 @@ class PromptStream:
             raise DataError("found no prompts, wanted at least one")
         self._prompts = tuple(prompts)
         self._seed = seed
-        self._fingerprint = _fingerprint(self._prompts)
+        self._fingerprint = fingerprint(self._prompts)
         self._put_back: deque[Prompt] = deque()
         self._start_epoch(0)
 
@@ -167,7 +168,7 @@ class PromptStream:
         self._cursor = cursor
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def fingerprint(prompts: Sequence[Prompt]) -> str:
     """16 hex digits that change with any prompt's tokens, ground truth or row."""
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from megatron_prime.runtime.compat import install_cpu_shim
 from megatron_prime.runtime.rendezvous import Rendezvous
 from megatron_prime.runtime.timeline import Timeline
 from megatron_prime.types import Prompt, VerifiedGroup
+
+Shared = TypeVar("Shared")
 
 
 def initialize(
@@ -163,6 +166,12 @@ class WorldRanks:
                 "ranks of the rollout engine must answer each prompt once"
             )
         return [found[prompt_id] for prompt_id in wanted if prompt_id in found]
+
+    def share(self, value: Shared) -> Shared:
+        """Rank 0's `value`, on every rank; collective."""
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self._objects)
+        return shared[0]
 
     def largest(self, number: int) -> int:
         """The largest `number` of all ranks."""

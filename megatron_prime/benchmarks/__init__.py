@@ -1,0 +1,1 @@
+"""Benchmark sets: their files, metrics with intervals, records on disk, and the paper's numbers."""
