@@ -25,7 +25,7 @@ COMMANDS = {
     "preflight": "look whether the nodes can run RUN.toml: a table, and what is wrong, within 60 s",
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
     "sft": "supervised fine-tuning, the stage before PRIME",
-    "evaluate": "greedy accuracy of model.hf on data.eval",
+    "evaluate": "accuracy of model.hf, or evaluate.policy, on evaluate.sets, or on data.eval",
     "rollout": "sample and verify for run.steps steps, train nothing, write rollouts/",
     "replay": "run a batch that gave a NaN or infinity again (RUN.toml: its not_finite/… folder)",
     "config": "print the resolved configuration with each knob's sentence",
@@ -112,6 +112,10 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
             from megatron_prime.replay import replay
 
             replay(config, launch, path)
+        elif command == "evaluate":
+            from megatron_prime.evaluate import evaluate
+
+            evaluate(config, launch)
         else:
             from megatron_prime import build
 

@@ -5,7 +5,6 @@ Only this file knows every package. A role is chosen here, by name, and nowhere 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
+from torch.distributed.distributed_c10d import PrefixStore
 
-from megatron_prime import evaluation, figures, loop
+from megatron_prime import evaluation, loop
 from megatron_prime import sft as sft_stage
 from megatron_prime.config import (
     ConfigError,
@@ -25,7 +25,7 @@ from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.devices import limits_of, models_on
-from megatron_prime.inputs import eval_prompts, prompt_stream, prompts_of, report_dropped
+from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
@@ -39,7 +39,7 @@ from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.provenance import write_provenance
 from megatron_prime.runtime.recorder import RunRecorder
 from megatron_prime.runtime.scheduler import PhaseScheduler
-from megatron_prime.types import LoopState, VerifiedGroup
+from megatron_prime.types import LoopState
 from megatron_prime.validate import models_of
 from megatron_prime.verify.door import code_limits
 from megatron_prime.verify.pool import VerifierPool
@@ -94,6 +94,7 @@ def train(config: RunConfig, launch: Launch) -> None:
             checkpoints=checkpoints,
             signals=launch.signals,
             eval_prompts=eval_prompts(config, tokenizer),
+            eval_sets=eval_sets(config, tokenizer),
         )
         exported = config.run.folder / "hf"
         with deadlines:
@@ -147,31 +148,14 @@ def rollout(config: RunConfig, launch: Launch) -> None:
             print(f"rollouts: {folder / 'rollouts'}; train on them with --debug.rollouts_from=…")
 
 
-def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Greedy accuracy of `model.hf` on `data.eval`; one record per problem in `evaluation/`."""
-    folder = config.run.folder / "evaluation"
-    with session(config, launch, ParallelSizes()) as ranks, ExitStack() as stack:
-        note_start(config, folder, ranks)
-        tokenizer = load_tokenizer(config.model.hf)
-        prompts = eval_prompts(config, tokenizer)
-        verifier = stack.enter_context(verifier_pool(config, ranks))
-        engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
-        engine.load_weights(CheckpointWeights(config.model.hf), version=0)
-        with launch.steps(agree=None):
-            groups = evaluation.answer(config, engine, verifier, ranks, prompts)
-        if ranks.rank == 0:
-            records = folder / "answers.jsonl"
-            records.write_text("".join(json.dumps(record(group)) + "\n" for group in groups))
-            found = figures.of_evaluation(groups)
-            print(f"{config.model.hf}: {found['evaluate/accuracy']:.1%} of {len(groups)} problems")
-            print(f"each answer: {records}")
-
-
 @contextmanager
-def session(config: RunConfig, launch: Launch, sizes: ParallelSizes) -> Iterator[WorldRanks]:
-    """The process groups of a run."""
-    initialize(launch.here, sizes, config.run.seed, config.run.timeout_s, launch.store)
-    yield WorldRanks(config.run.timeout_s, launch.store)
+def session(
+    config: RunConfig, launch: Launch, sizes: ParallelSizes, name: str = ""
+) -> Iterator[WorldRanks]:
+    """The process groups of a run; a command's second session wants a `name` of its own."""
+    store = PrefixStore(name, launch.store) if name and launch.store else launch.store
+    initialize(launch.here, sizes, config.run.seed, config.run.timeout_s, store)
+    yield WorldRanks(config.run.timeout_s, store)
     destroy()  # not after an error: giving groups back may wait for a rank that is lost
 
 
@@ -182,7 +166,9 @@ def note_start(config: RunConfig, folder: Path, ranks: WorldRanks) -> None:
 
 
 @contextmanager
-def training_session(config: RunConfig, launch: Launch, command: str) -> Iterator[WorldRanks]:
+def training_session(
+    config: RunConfig, launch: Launch, command: str, name: str = ""
+) -> Iterator[WorldRanks]:
     """A session with Megatron models, whose options are checked before any group starts."""
     formats = {name: config.precision.of(name) for name in models_of(config, command)}
     chip = Chip.here()
@@ -191,7 +177,7 @@ def training_session(config: RunConfig, launch: Launch, command: str) -> Iterato
     for name, precision in formats.items():
         shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
         transformer_config(shape, precision, config.megatron)
-    with session(config, launch, config.parallel) as ranks:
+    with session(config, launch, config.parallel, name) as ranks:
         yield ranks
 
 
@@ -271,16 +257,3 @@ def rollout_engine(
         ranks.device,
         ranks.timeline,
     )
-
-
-def record(group: VerifiedGroup) -> dict[str, Any]:
-    """One line of evaluation.jsonl."""
-    (rollout,), (reward,) = group.rollouts, group.outcome_rewards
-    return {
-        "prompt_id": group.prompt.prompt_id,
-        "data_source": group.prompt.data_source,
-        "ground_truth": group.prompt.ground_truth,
-        "response": rollout.text,
-        "finish_reason": rollout.finish_reason,
-        "outcome_reward": reward,
-    }

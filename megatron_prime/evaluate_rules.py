@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from megatron_prime.config import RunConfig
 from megatron_prime.known_sets import how_to_bring, max_tokens_of
 
-
 CheckModel = Callable[..., Iterator[str]]
 
 

@@ -11,7 +11,8 @@ import re
 
 from megatron_prime.verify.math_answer import boxed_answer
 
-_DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\\quad|\\displaystyle|\^\\circ|\^\{\\circ\}|[$~\s]")
+_SPACES = r"\\[!,;: ]|\\quad|\\displaystyle|[$~\s]"
+_DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\^\\circ|\^\{\\circ\}|" + _SPACES)
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname)\{([^{}]*)\}")
 _SHORT_FRAC = re.compile(r"\\frac(\d)(\d)")
 _NAMED = re.compile(r"^[A-Za-z]=")

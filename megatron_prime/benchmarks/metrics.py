@@ -49,8 +49,8 @@ def majority(answers: Sequence[str | None]) -> int | None:
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return None
-    most = max(votes.values())
-    return next(i for i, answer in enumerate(answers) if answer is not None and votes[answer] == most)
+    # Counter keeps the order in which answers came first, and max takes the first of equals.
+    return list(answers).index(max(votes, key=lambda answer: votes[answer]))
 
 
 def sizes(n: int) -> list[int]:

@@ -22,7 +22,8 @@ from megatron_prime.runtime.console import TimeLeft, mismatch_line, open_display
 from megatron_prime.runtime.rollout_files import write_step
 from megatron_prime.types import Metrics, VerifiedGroup
 
-STAGES = ("rollout", "verify", "filter", "prm", "policy", "time", "memory", "evaluate", "sft")
+_OF_STEPS = ("rollout", "verify", "filter", "prm", "policy", "time", "memory")
+STAGES = (*_OF_STEPS, "evaluate", "eval", "sft")
 
 
 class MetricsError(RunError, ValueError):

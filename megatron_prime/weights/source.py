@@ -1,6 +1,6 @@
 """Where new weights come from: the live policy, or a checkpoint's files.
 
-Both give a rank's own stretch of a Hugging Face tensor, which is what the reshard sends, and whole
+All give a rank's own stretch of a Hugging Face tensor, which is what the reshard sends, and whole
 tensors, which is what the local engine and an export take.
 """
 
@@ -13,9 +13,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_prime.weights.convert_sources import MegatronSource
 from megatron_prime.weights.gather import gather_hf_tensors, values_of
 from megatron_prime.weights.layout import unfuse
-from megatron_prime.weights.names import Entry, parameters_by_entry
+from megatron_prime.weights.names import Entry, entries, parameters_by_entry
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 from megatron_prime.weights.shape import ModelShape
 
@@ -70,3 +71,29 @@ class CheckpointWeights:
 
     def forget(self) -> None:
         """Nothing is kept."""
+
+
+class MegatronWeights:
+    """The weights in a Megatron checkpoint; every rank can read all of them."""
+
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
+        """`folder` is a model's of a run's checkpoint. WeightsError if it has not this shape."""
+        self._source = MegatronSource(folder, shape)
+        self._entries = list(entries(shape))
+        self._parts: dict[str, Tensor] = {}  # of the entry that was read last
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, whole."""
+        for entry in self._entries:
+            yield from zip(entry.hf, self._source.tensors(entry), strict=True)
+
+    def stretch(self, hf: str) -> Tensor:
+        """A whole tensor."""
+        if hf not in self._parts:
+            entry = next(entry for entry in self._entries if hf in entry.hf)
+            self._parts = dict(zip(entry.hf, self._source.tensors(entry), strict=True))
+        return self._parts[hf]
+
+    def forget(self) -> None:
+        """Let go of the tensors that were read last."""
+        self._parts = {}

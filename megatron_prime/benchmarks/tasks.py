@@ -1,0 +1,99 @@
+"""What an evaluation has to answer, with what it has answered already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prime import evaluation
+from megatron_prime.benchmarks.answers import answer_of
+from megatron_prime.benchmarks.records import Record, Records, Response
+from megatron_prime.config import RunConfig
+from megatron_prime.data.prompts import fingerprint
+from megatron_prime.types import EvalSet, Sampling, VerifiedGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A set, and how its problems are answered."""
+
+    problems: EvalSet
+    kind: str  # greedy or sampled: the name of the file
+    sampling: Sampling
+    records: Records | None  # rank 0's
+
+    @property
+    def done(self) -> int:
+        """How many problems are on disk, as rank 0 knows."""
+        return len(self.records.found) if self.records else 0
+
+
+def tasks_of(config: RunConfig, folder: Path, sets: Sequence[EvalSet], rank: int) -> list[Task]:
+    """What is to be answered; EvaluationError on rank 0 for records of other options."""
+    knobs, chunk = config.evaluate, config.evaluate.chunk
+    tasks = []
+    for problems in sets:
+        kinds = {"greedy": evaluation.greedy(problems.max_tokens)} if knobs.greedy else {}
+        if knobs.samples:
+            kinds["sampled"] = Sampling(
+                knobs.samples, knobs.temperature, problems.max_tokens, config.sampling_seed(0, 0)
+            )
+        for kind, sampling in kinds.items():
+            path = folder / problems.name / f"{kind}.jsonl"
+            options = options_of(config, problems, sampling) if rank == 0 else {}
+            total = len(problems.prompts)
+            records = Records(path, options, chunk, total) if rank == 0 else None
+            tasks.append(Task(problems, kind, sampling, records))
+    return tasks
+
+
+def options_of(config: RunConfig, problems: EvalSet, sampling: Sampling) -> dict[str, Any]:
+    """All that decides on the answers, but for rounding."""
+    policy = config.evaluate.policy or config.model.hf
+    return {
+        "policy": str(policy),
+        "weights": identity(policy),
+        "engine": config.rollout.engine,
+        "dtype": config.precision.policy.dtype,
+        "fp8_weights": config.rollout.fp8_weights,
+        "problems": fingerprint(problems.prompts),  # prompts with template, and gold answers
+        "samples": sampling.samples,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+    }
+
+
+def identity(folder: Path) -> str:
+    """16 hex digits that change when a file below `folder` is written again."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        name = str(path.relative_to(folder))
+        digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def record_of(id_: str, group: VerifiedGroup) -> Record:
+    """What is kept of a problem's answers."""
+    prompt = group.prompt
+    return Record(
+        id=id_,
+        row=prompt.prompt_id,
+        prompt_hash=fingerprint([prompt]),
+        ground_truth=prompt.ground_truth,
+        responses=tuple(
+            Response(
+                text=rollout.text,
+                token_ids=rollout.response_ids,
+                finish_reason=rollout.finish_reason,
+                score=reward,
+                answer=answer_of(rollout.text, prompt.ability),
+            )
+            for rollout, reward in zip(group.rollouts, group.outcome_rewards, strict=True)
+        ),
+        checker_failures=group.checker_failures,
+    )
