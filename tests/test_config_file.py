@@ -158,3 +158,18 @@ def test_describe_is_toml_that_loads_to_the_same_config(toml, tmp_path):
     again.write_text(text)
     assert load(again, []) == config
     assert "# Peak learning rate.\nlr = 1e-07" in text
+
+
+def test_a_table_within_a_table_is_described_and_overridden(toml, tmp_path):
+    """One set from the file, one from the command line, with what TOML must quote."""
+    given = toml(MINIMAL + "[evaluate]\nsets = { math500 = 'data/math500.jsonl' }\n")
+    config = load(given, ['--evaluate.sets.aime2024=a "b".jsonl'])
+    assert config.evaluate.sets == {
+        "math500": Path("data/math500.jsonl"),
+        "aime2024": Path('a "b".jsonl'),
+    }
+    again = tmp_path / "again.toml"
+    again.write_text(describe(config))
+    assert load(again, []) == config
+    with pytest.raises(ConfigError, match=r"evaluate.sets"):
+        load(given, ["--evaluate.sets={ '../x' = 'y' }"])

@@ -86,6 +86,18 @@ def test_an_evaluation_has_an_answer_per_prompt() -> None:
     }
 
 
+def test_a_benchmarks_accuracy_counts_what_is_wholly_right() -> None:
+    answers = [group([1], [3]), group([0.5], [6], cut=1, failures=1, number=1)]
+    assert figures.of_set("amc", answers) == {
+        "eval/amc/accuracy": 0.5,
+        "eval/amc/response_length_mean": 4.5,
+        "eval/amc/response_length_max": 6,
+        "eval/amc/tokens": 9,
+        "eval/amc/truncation_rate": 0.5,
+        "eval/amc/failures": 1,
+    }
+
+
 def test_prm_orders_pairs_before_and_after_its_update() -> None:
     """Of the first group's one pair; the second's outcomes are equal and count 0.5."""
     batch = scored(MIDDLING, EVEN)

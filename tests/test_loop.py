@@ -16,6 +16,7 @@ from megatron_prime.errors import BatchNotFilled, Interrupted
 from megatron_prime.loop import run
 from megatron_prime.protocols import Phase, Roles, Tally
 from megatron_prime.types import (
+    EvalSet,
     Group,
     LoopState,
     OldLogprobs,
@@ -185,6 +186,7 @@ def play(
     state: LoopState | None = None,
     with_prm: bool = True,
     prompts: PromptStream | None = None,
+    eval_sets: Sequence[EvalSet] = (),
     **knobs: Any,
 ) -> None:
     policy = FakeModel(fake, "policy", -1.0)
@@ -213,6 +215,7 @@ def play(
         checkpoints=fake,
         signals=fake,
         eval_prompts=(Prompt(99, (1,), "4", "math", "fake"),),
+        eval_sets=eval_sets,
     )
     run(config, roles, start)
 
@@ -248,6 +251,28 @@ def test_the_prm_is_measured_after_its_update_if_that_was_asked_for() -> None:
         play(fake, prm=knobs)
         assert fake.trace[fake.trace.index("prm update") :].count("prm logprobs") == forwards
         assert ("prm/pair_accuracy_after" in fake.logged[1]) == bool(forwards)
+
+
+def test_benchmark_sets_are_answered_beside_the_held_out_prompts() -> None:
+    """Prompts 0 and 2 are answered right, and 1 wrong; each set has its own limit."""
+    asked = [Prompt(i, (1,), "4", "math", "fake") for i in range(3)]
+    sets = [
+        EvalSet("amc", tuple(asked[:2]), ("a", "b"), 7),
+        EvalSet("mine", (asked[2],), ("c",), 9),
+    ]
+    without, fake = Fake([1.0, 0.0, 0.5, 0.5]), Fake([1.0, 0.0, 0.5, 0.5])
+    knobs = {"filter": {"min_accuracy": 0.0, "max_accuracy": 1.0}}
+    play(without, **knobs)
+    play(fake, eval_sets=sets, **knobs)
+    assert fake.trace == without.trace
+    new = fake.logged[1].keys() - without.logged[1].keys()
+    assert {name: fake.logged[1][name] for name in new if name.endswith("accuracy")} == {
+        "eval/amc/accuracy": 0.5,
+        "eval/mine/accuracy": 0.0,
+    }
+    assert {name: fake.logged[1][name] for name in without.logged[1]} == without.logged[1]
+    greedy = [s for s in fake.samplings if s.temperature == 0]
+    assert [(s.samples, s.max_tokens) for s in greedy] == [(1, 3072), (1, 7), (1, 9)] * 2
 
 
 def test_outcome_only_needs_neither_prm_nor_reference() -> None:

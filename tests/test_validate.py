@@ -328,6 +328,75 @@ def test_evaluation_needs_problems(config):
     assert problems(config(data={"eval": None}), "train") == []
 
 
+def test_a_set_that_is_not_there_says_which_file_to_bring(config, tmp_path):
+    knobs = {"evaluate": {"sets": {"amc": tmp_path / "amc.jsonl", "mine": tmp_path / "m.jsonl"}}}
+    knobs["evaluate"]["max_response_length"] = 64
+    for command in ("evaluate", "train"):
+        amc, mine = problems(config(**knobs), command, 1)
+        assert amc.startswith(f"evaluate.sets.amc: no file {tmp_path}/amc.jsonl; AMC is not")
+        assert "AI-MO/aimo-validation-amc" in amc
+        assert '"answer": "142.0"' in amc
+        assert mine.startswith(f"evaluate.sets.mine: no file {tmp_path}/m.jsonl; wanted jsonl")
+    for path in knobs["evaluate"]["sets"].values():
+        path.touch()
+    assert problems(config(**knobs), "evaluate", 1) == []
+
+
+def test_the_longest_limit_of_the_sets_must_have_room(config, tmp_path):
+    """A model of 256 positions; the paper's limit of AMC is 4096 tokens, ours may be lower."""
+    sets = {"amc": tmp_path / "eval.jsonl", "mine": tmp_path / "eval.jsonl"}
+    for command in ("evaluate", "train"):
+        (found,) = problems(config(evaluate={"sets": sets}), command, 1)
+        assert found.startswith(
+            "data.max_prompt_length, evaluate.max_response_length: found 56 + 4096 = 4152 tokens"
+        )
+        shorter = {"sets": sets, "max_response_length": 200}
+        assert problems(config(evaluate=shorter), command, 1) == []
+    # Alone, `evaluate` does not ask for room for training's own responses.
+    alone = config(evaluate=shorter, rollout={"max_response_length": 300})
+    assert problems(alone, "evaluate", 1) == []
+
+
+def test_knobs_of_sets_that_do_not_go_together(config, tmp_path):
+    def of(**knobs):
+        return problems(config(evaluate={"max_response_length": 64, **knobs}), "evaluate", 1)
+
+    sets = {"mine": tmp_path / "eval.jsonl"}
+    assert [line.split(":")[0] for line in of(samples=4, prm=tmp_path / "prm")] == [
+        "evaluate.samples",
+        "evaluate.prm",
+    ]
+    (found,) = of(sets=sets, greedy=False)
+    assert "nothing is asked" in found
+    (found,) = of(sets=sets, samples=4, reference=tmp_path / "model")
+    assert found.startswith("evaluate.reference: found without evaluate.prm")
+    (found,) = of(sets=sets, samples=4, prm=tmp_path / "prm")
+    assert found.startswith("evaluate.reference: missing")
+    (found,) = of(sets=sets, samples=1, prm=tmp_path / "prm", reference=tmp_path / "model")
+    assert found.startswith("evaluate.samples: found 1 with evaluate.prm")
+    both = {"prm": tmp_path / "prm", "reference": tmp_path / "model", "samples": 4}
+    assert of(sets=sets, **both) == []
+    (found,) = of(sets=sets, **{**both, "prm": tmp_path / "none"})
+    assert found.startswith(f"evaluate.prm: no directory {tmp_path}/none")
+    (found,) = of(sets=sets, policy=tmp_path / "none")
+    assert found.startswith(f"evaluate.policy: no directory {tmp_path}/none")
+
+
+def test_a_prm_that_ranks_is_split_as_megatron_says(config, tmp_path):
+    knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
+    ranked = {**knobs, "prm": tmp_path / "prm", "reference": tmp_path / "model"}
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}
+    assert problems(config(megatron=sizes, evaluate=knobs), "evaluate", 4) == []
+    (found,) = problems(config(megatron=sizes, evaluate=ranked), "evaluate", 4)
+    assert "does not divide the run's 4 ranks" in found
+    assert problems(config(megatron=sizes, evaluate=ranked), "evaluate", 6) == []
+    long = {**ranked, "max_response_length": 198}
+    assert problems(config(evaluate=long, prm={"micro_batch_tokens": 254}), "evaluate", 1) == []
+    (found,) = problems(config(evaluate=long, prm={"micro_batch_tokens": 253}), "evaluate", 1)
+    assert found.startswith("prm.micro_batch_tokens: found 253")
+    assert "= 254 tokens" in found
+
+
 def test_evaluation_builds_no_megatron_model(config):
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}
     assert problems(config(megatron=sizes), "evaluate", 1) == []
