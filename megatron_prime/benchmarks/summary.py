@@ -68,6 +68,7 @@ def as_markdown(results: Results, about: Mapping[str, Any]) -> str:
     parts += ["", "## Beside the paper: greedy pass@1 in percent", "", *_tables(greedy)]
     sampled = {name: kinds["sampled"] for name, kinds in results.items() if "sampled" in kinds}
     parts += ["", "## Beside the paper: mean of 16 samples in percent", "", *_sampled(sampled)]
+    parts += ["", f"Own samples are of temperature {about['temperature']}, the paper's of 0.3."]
     return "\n".join(parts) + "\n"
 
 

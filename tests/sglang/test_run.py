@@ -6,6 +6,7 @@ that had to sample responses again has the same figures as one that had not.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -201,3 +202,18 @@ def test_evaluating_and_sampling_a_checkpoints_files(job: Job) -> None:
     with Ranks(job, 2, "sampled", *of_sglang, "--run.steps=1", command="rollout") as ranks:
         assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
     assert text_of(job.run("sampled") / "rollouts" / "step_000001.jsonl").count("\n") == 12
+
+
+@pytest.mark.slow
+def test_benchmark_sets_are_answered_as_by_the_local_engine(job: Job) -> None:
+    """Greedy answers agree; samples are as many, and of the servers' own random numbers."""
+    more = [f"--evaluate.sets.digits={job.folder / 'eval.jsonl'}", "--evaluate.samples=3"]
+    for name, engine in (("sets_sglang", knobs(2, *TWO_RANKS)), ("sets_local", [])):
+        with Ranks(job, 2, name, *engine, *more, command="evaluate") as ranks:
+            assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
+    folders = [job.run(name) / "evaluation" / "digits" for name in ("sets_local", "sets_sglang")]
+    local, sglang = (text_of(folder / "greedy.jsonl") for folder in folders)
+    assert local.count("\n") == 12
+    assert sglang == local
+    sampled = [json.loads(line) for line in text_of(folders[1] / "sampled.jsonl").splitlines()]
+    assert [len(record["responses"]) for record in sampled] == [3] * 12
