@@ -170,4 +170,5 @@ class EvaluateSection(Section):
     """Hugging Face checkpoint of the reference in the PRM's log-ratio; not set: the `model.hf` of
     the run that `prm` is a checkpoint of."""
     chunk: Positive = 64
-    """Problems that are answered and written together; a killed evaluation loses at most these."""
+    """Problems that are answered and written together: a killed evaluation loses at most these, and
+    with more the engines are busy with fewer gaps."""

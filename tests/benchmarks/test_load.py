@@ -119,6 +119,14 @@ def test_a_known_set_says_which_file_it_wants(loaded):
         loaded([{"problem": "p"}], "math500")
 
 
+@pytest.mark.parametrize("name", KNOWN_SETS)
+def test_the_example_of_a_set_is_one_that_is_read(loaded, with_code, name):
+    row, _ = json.JSONDecoder().raw_decode(KNOWN_SETS[name].example)
+    (prompt,) = loaded([row], name).prompts
+    assert prompt.ability == KNOWN_SETS[name].ability
+    assert prompt.ground_truth in KNOWN_SETS[name].example.replace("\\\\", "\\")
+
+
 def test_only_the_sets_own_rows_count(loaded, with_code):
     years = [
         {"problem": f"{y}", "answer": f"0{y}.0", "url": f"x/{y}_AIME_I_Problems/Problem_1"}

@@ -62,6 +62,11 @@ def records(job: Job, name: str, kind: str = "sampled") -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def done(said: str, kind: str) -> list[int]:
+    """How many problems were done after each chunk that a command did."""
+    return [int(n) for n in re.findall(rf"^digits, {kind}: (\d+) of {EVAL}$", said, re.MULTILINE)]
+
+
 def answered(found: list[dict[str, Any]]) -> list[list[list[int]]]:
     """Token ids alone."""
     return [[response["token_ids"] for response in record["responses"]] for record in found]
@@ -126,7 +131,7 @@ def test_the_same_command_asks_nothing_twice_and_others_are_refused(
     folder = job.run("sets") / "evaluation"
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".jsonl", ".json")}
     again = job.start("evaluate", 1, "sets", *knobs)
-    assert f"of {EVAL}\n" not in again
+    assert done(again, "greedy") == done(again, "sampled") == []
     assert "| digits |" in again
     del before[folder / "starts.jsonl"]
     assert {path: path.read_bytes() for path in before} == before
@@ -141,7 +146,8 @@ def ranked(job: Job, full: str, knobs: list[str], output: str) -> list[dict[str,
     """The samples of `sets`, ranked by the trained PRM, on TP 2 × PP 2."""
     prm = job.run(full) / "checkpoints" / "step_000006"
     said = job.start("evaluate", 4, "sets", *knobs, f"--evaluate.prm={prm}")
-    assert "sampled: " not in said, "only the PRM had anything to do"
+    assert done(said, "PRM") == [5, 10, EVAL]
+    assert done(said, "greedy") == done(said, "sampled") == [], "only the PRM had anything to do"
     return records(job, "sets")
 
 
@@ -234,9 +240,8 @@ def test_after_a_kill_the_same_command_has_the_same_answers(
     assert 0 < count < EVAL, "it was killed in the middle"
     (folder / "sampled.jsonl").write_bytes(kept + b'{"id": "d')  # worse than it was
     said = job.start("evaluate", 2, "killed", *slowly, *layout(tp=1, pp=1))
-    assert f"digits, sampled: {count} of" not in said
-    assert f"digits, sampled: {count + 1} of" in said
-    assert "digits, greedy" not in said
+    assert done(said, "greedy") == []
+    assert done(said, "sampled") == [*range(count + 1, EVAL + 1)]
     for kind in ("greedy", "sampled"):
         assert answered(records(job, "killed", kind)) == answered(records(job, "sets", kind))
     summaries = [
