@@ -176,14 +176,18 @@ def summarize(config: RunConfig, tasks: Sequence[Task]) -> None:
     """Write summary.json and summary.md, and print the latter."""
     folder = config.run.folder / "evaluation"
     results: dict[str, dict[str, Result]] = {}
+    rankers = set[str]()
     for task in tasks:
         assert task.records is not None, "rank 0 has them"
         ability = task.problems.prompts[0].ability
         found = result_of(task.records.found, task.kind, ability, config.run.seed)
         results.setdefault(task.problems.name, {})[task.kind] = found
+        if any(name.startswith("best@") for name in found.figures):  # now, or by a command before
+            noted = task.records.path.with_suffix(".prm.json")
+            rankers.add(json.loads(noted.read_text())["prm"])
     about = {
         "policy": str(config.evaluate.policy or config.model.hf),
-        "prm": str(config.evaluate.prm) if config.evaluate.prm else None,
+        "prm": sorted(rankers),
         "samples": config.evaluate.samples,
         "temperature": config.evaluate.temperature,
         "seed": config.run.seed,

@@ -94,6 +94,11 @@ class Records:
         _append(self.path, [_RECORD.dump_json(record) for record in records])
         self.found += records
 
+    def rewrite(self, records: Sequence[Record]) -> None:
+        """Put `records` in place of what was there."""
+        write_whole(self.path, b"".join(_RECORD.dump_json(record) + b"\n" for record in records))
+        self.found = list(records)
+
 
 class Scores:
     """PRM scores beside the file of the answers, and at last in it."""
@@ -106,11 +111,13 @@ class Scores:
             told = "\n".join(changed)
             print(f"{records.path}: PRM scores are made anew, for others:\n{told}", flush=True)
             self._path.unlink(missing_ok=True)
+            # Noted last: a kill before it leaves no score that could pass for the new PRM's.
+            records.rewrite(
+                [_with(record, [None] * len(record.responses)) for record in records.found]
+            )
             _note(self._path, options)
-            self.complete = False
-        else:
-            scores = [r.prm for record in records.found for r in record.responses]
-            self.complete = all(score is not None for score in scores)
+        scores = [r.prm for record in records.found for r in record.responses]
+        self.complete = all(score is not None for score in scores)
         self.found: list[Scored] = []
         if not self.complete:
             self.found = _read(self._path, _SCORED, chunk, records.total)
@@ -123,20 +130,15 @@ class Scores:
     def merge(self) -> None:
         """Put all scores into the records, in one go, and drop the file they were in."""
         by_id = {item.id: item.scores for item in self.found}
-        merged = [
-            replace(
-                record,
-                responses=tuple(
-                    replace(response, prm=scores)
-                    for response, scores in zip(record.responses, by_id[record.id], strict=True)
-                ),
-            )
-            for record in self._records.found
-        ]
-        write_whole(self._records.path, b"".join(_RECORD.dump_json(r) + b"\n" for r in merged))
-        self._records.found = merged
+        self._records.rewrite([_with(record, by_id[record.id]) for record in self._records.found])
         self._path.unlink(missing_ok=True)
         self.complete = True
+
+
+def _with(record: Record, scores: Sequence[PrmScores | None]) -> Record:
+    """The record with other PRM scores."""
+    pairs = zip(record.responses, scores, strict=True)
+    return replace(record, responses=tuple(replace(r, prm=score) for r, score in pairs))
 
 
 def changes(path: Path, options: Mapping[str, Any]) -> list[str]:

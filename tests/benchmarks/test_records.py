@@ -123,6 +123,9 @@ def test_another_prm_scores_anew_and_says_so(path, seven, numbers, capsys):
     assert "beta: found 2, made with 1" in capsys.readouterr().out
     assert not again.complete
     assert again.found == []
+    again = Scores(Records(path, OPTIONS, 3, 7), {"beta": 2}, 7)  # killed before the first chunk
+    assert not again.complete
+    assert capsys.readouterr().out == ""
     again.append(scored(seven, numbers[::-1]))
     again.merge()
     found = Records(path, OPTIONS, 3, 7).found

@@ -196,9 +196,12 @@ def of_response(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_the_best_of_several_is_the_prms_choice(job: Job, ranked: list[dict[str, Any]]) -> None:
+def test_the_best_of_several_is_the_prms_choice(
+    job: Job, full: str, ranked: list[dict[str, Any]]
+) -> None:
     summary = json.loads((job.run("sets") / "evaluation" / "summary.json").read_text())
     figures = summary["sets"]["digits"]["sampled"]["figures"]
+    assert summary["about"]["prm"] == [str(job.run(full) / "checkpoints" / "step_000006")]
     for name in ("min", "sum", "last"):
         for k in (2, 4):
             chosen = [
