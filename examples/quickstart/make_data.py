@@ -136,7 +136,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_model(directory: Path, characters: str) -> None:
+def write_model(directory: Path, characters: str = CHARACTERS) -> None:
     """Write the model's shape and its tokenizer: byte-level BPE without merges, as Qwen2's is."""
     vocabulary = [PAD, EOS, *characters]
     vocabulary += [f"<unused{i}>" for i in range(-len(vocabulary) % 64)]
