@@ -24,8 +24,10 @@ from megatron_prime.verify.programs import Program
 from megatron_prime.verify.sandbox import Sandbox
 from megatron_prime.verify.walls import Isolation
 
-_OPENING = re.compile(r"^[ \t]*```python3?[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
-_CLOSING = re.compile(r"^[ \t]*```", re.MULTILINE)
+_OPENING = re.compile(r"```python3?[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
+_CLOSING = re.compile(r"^[ \t]*```|```[ \t]*\r?$", re.MULTILINE)  # some forget the last newline
+_INDENTED = re.compile(r"\s*\n[ \t]")
+LONG_NUMBER = 24  # bytes; a float that is printed in full, where the test has a short one
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ class CodeGrader:
         """
         program = Program(source) if name is None else Program(source, name, given)
         stdin = given.encode(errors="replace") if name is None else b""
-        room = 2 * len(json.dumps(expected, default=str))
+        text = json.dumps(expected, default=str)
+        parts = text.count(",") if name is not None else len(expected.split())
+        room = 2 * len(text) + LONG_NUMBER * parts
         outcome = self._sandbox.run(program, stdin, min(self._limits.test_s, left), room)
         if not outcome.ok:
             return False, False
@@ -128,7 +132,9 @@ def program_of(response: str) -> str | None:
     if last is None:
         return None
     closing = _CLOSING.search(response, last.end())
-    return textwrap.dedent(response[last.end() : closing.start() if closing else None])
+    source = response[last.end() : closing.start() if closing else None]
+    # `dedent` also empties lines of white space, which may be a part of the program's strings.
+    return textwrap.dedent(source) if _INDENTED.match(source) else source
 
 
 def parse_tests(ground_truth: str) -> Tests:

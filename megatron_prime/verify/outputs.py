@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Any
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # NumPy's, around the expected value
@@ -19,7 +19,9 @@ WHOLE = 1e-6  # how far from an expected integer a fraction may be
 MAX_DIGITS = 4000  # of an integer that Python reads without complaint
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_FRACTION = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+# Without two ways to read the same digits, which would cost the square of their number.
+_FRACTION = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_EXACT = Context(prec=1000)  # more digits than a float's largest number has
 
 
 def same_text(found: str, expected: str) -> bool:
@@ -65,10 +67,17 @@ def _same_token(found: str, expected: str) -> bool:
     if _INTEGER.fullmatch(expected):
         if _INTEGER.fullmatch(found):
             return _canonical(found) == _canonical(expected)
-        return bool(_FRACTION.fullmatch(found)) and abs(float(found) - float(expected)) <= WHOLE
+        return bool(_FRACTION.fullmatch(found)) and _near_integer(found, expected)
     return bool(_FRACTION.fullmatch(expected) and _FRACTION.fullmatch(found)) and _close(
         float(found), float(expected)
     )
+
+
+def _near_integer(found: str, expected: str) -> bool:
+    """To WHOLE, also where two floats are further apart than that: 1e18 is not 10**18 + 7."""
+    if not abs(float(found) - float(expected)) <= WHOLE:  # nor where both are infinite
+        return False
+    return abs(_EXACT.subtract(Decimal(found), Decimal(expected))) <= Decimal(WHOLE)
 
 
 def _close(found: float, expected: float) -> bool:

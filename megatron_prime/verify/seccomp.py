@@ -45,7 +45,7 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND and the bit of O_TMPFILE: alike on both machines.
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0o20000000
-_CLONE_THREAD, _TCGETS, _PR_SET_NAME = 0x10000, 0x5401, 15
+_CLONE_THREAD, _TCGETS, _PR_SET_NAME, _RLIMIT_STACK = 0x10000, 0x5401, 15, 3
 _F_SETFL, _F_DUPFD_CLOEXEC = 4, 1030
 
 
@@ -76,10 +76,28 @@ class _Program:
         """Allow `call` if its argument passes `test` (code, value, wanted answer), else fail."""
         code, value, wanted = test
         self.add(_EQUAL, call, 0, 4)
-        self.add(_LOAD, 16 + 8 * argument)  # the lower half: all we test is an int
+        self.add(_LOAD, 16 + 8 * argument)  # the lower half: the argument is an int
         self.add(code, value, *((0, 1) if wanted else (1, 0)))
         self.returns(_ALLOW)
         self.returns(_FAIL | error)
+
+    def new_limits(self, call: int) -> None:
+        """prlimit64: limits can be read, nobody's set; for one's own stack it only says so.
+
+        Programs that recurse ask for more stack; they have what there is to be had.
+        """
+        new = 16 + 8 * 2  # a pointer: both halves count, for it may point to a round address
+        self.add(_EQUAL, call, 0, 11)
+        for half in (new, new + 4):
+            self.add(_LOAD, half)
+            self.add(_EQUAL, 0, 0, 3 if half == new else 1)
+        self.returns(_ALLOW)
+        self.add(_LOAD, 16)
+        self.add(_EQUAL, 0, 0, 3)
+        self.add(_LOAD, 16 + 8)
+        self.add(_EQUAL, _RLIMIT_STACK, 0, 1)
+        self.returns(_FAIL | 0)
+        self.returns(_FAIL | errno.EPERM)
 
 
 def numbers(machine: str) -> dict[str, int]:
@@ -111,7 +129,7 @@ def program(machine: str, may_open: bool) -> bytes:
             p.only(number[name], argument, reading, errno.EROFS if may_open else errno.EACCES)
     p.only(number["clone"], 0, (_ANY_BIT, _CLONE_THREAD, True), errno.EPERM)
     p.only(number["ioctl"], 1, (_EQUAL, _TCGETS, True), errno.ENOTTY)  # isatty
-    p.only(number["prlimit64"], 2, (_EQUAL, 0, True), errno.EPERM)  # no new limit: reading
+    p.new_limits(number["prlimit64"])
     p.only(number["prctl"], 0, (_EQUAL, _PR_SET_NAME, True), errno.EPERM)  # of a thread
     p.add(_EQUAL, number["fcntl"], 0, 5)
     p.add(_LOAD, 16 + 8)

@@ -18,9 +18,11 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -43,8 +45,7 @@ NUMPY = """numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random""
 
 # What the released verifier puts before every program: models forget imports, and learn to.
 STARRED = """string re datetime collections heapq bisect copy math random statistics itertools
-functools operator typing"""
-NAMED = f"{STARRED} io sys json"
+functools operator io sys json typing"""
 RECURSION_LIMIT = 600_000
 
 MAX_THREADS = 64
@@ -54,6 +55,7 @@ OPEN_FILES = 32
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _LANDLOCK_RESTRICT_SELF = 446
 _CAPSET = {"x86_64": 126, "aarch64": 91}
+_INTEGER = re.compile("-?[0-9]+")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -76,7 +78,7 @@ def main(settings: dict[str, Any]) -> None:
     settings["zygote"] = os.getpid()
     channel.send(b'{"ready": true}')
     while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, 1000, 4)
+        message, descriptors, _, _ = socket.recv_fds(channel, 1000, 5)
         if not message:
             return
         order = json.loads(message)
@@ -109,7 +111,7 @@ def _warm_up(numpy_from: str | None) -> dict[str, Any]:
         module = importlib.import_module(name)
         public = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
         prelude.update({n: getattr(module, n) for n in public if not hasattr(builtins, n)})
-    prelude.update({name: sys.modules[name] for name in NAMED.split()})
+    prelude.update({name: sys.modules[name] for name in STARRED.split()})
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` would, which was left out
     sys.argv = ["program.py"]
     sys.setrecursionlimit(RECURSION_LIMIT)
@@ -182,16 +184,15 @@ def _be_the_program(
 
 
 def _place(descriptors: list[int | None]) -> None:
-    """Stdin and stdout where programs look; 3 is the request, 4 the result, 5 Landlock's rules."""
+    """Stdin and so on where programs look; 3 is the request, 4 the result, 5 Landlock's rules."""
     high = 100  # beyond what is open
     for number, descriptor in enumerate(descriptors):
         if descriptor is not None:
             os.dup2(descriptor, high + number)
-    os.dup2(1, 2)  # /dev/null: nobody reads what programs say there
-    for number, place in enumerate((3, 0, 1, 4, 5)):
+    for number, place in enumerate((3, 0, 1, 4, 2, 5)):
         if descriptors[number] is not None:
             os.dup2(high + number, place)
-    os.closerange(5 if descriptors[4] is None else 6, high + len(descriptors))
+    os.closerange(5 if descriptors[5] is None else 6, high + len(descriptors))
 
 
 def _confine(seconds: float, settings: dict[str, Any]) -> None:
@@ -240,7 +241,7 @@ def _run(order: dict[str, Any], prelude: dict[str, Any]) -> int:
     """The program's exit status. Whatever it does to this process, it does to its own score."""
     is_script = order["name"] is None
     module = types.ModuleType("__main__" if is_script else "solution")
-    vars(module).update(prelude)
+    vars(module).update(prelude, __file__="program.py")
     sys.modules[module.__name__] = module
     value, status = b"", 0
     try:
@@ -253,10 +254,22 @@ def _run(order: dict[str, Any], prelude: dict[str, Any]) -> int:
         status = 1
     for its_end in (getattr(threading, "_shutdown"), atexit._run_exitfuncs):  # noqa: B009
         its_end()  # threads that are no daemons are waited for
-    sys.stdout.flush()
+    _flush()
     while value:
         value = value[os.write(4, value) :]
     return status
+
+
+def _flush() -> None:
+    """What Python does at its end: also for files that the program opened and left to it."""
+    for stream in (sys.stdout, sys.__stdout__):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
+    for kind in (io.TextIOWrapper, io.BufferedWriter):
+        for thing in gc.get_objects():
+            if type(thing) is kind and not thing.closed:
+                with contextlib.suppress(OSError, ValueError):
+                    thing.flush()
 
 
 def _called(module: types.ModuleType, order: dict[str, Any]) -> Any:
@@ -269,7 +282,7 @@ def _called(module: types.ModuleType, order: dict[str, Any]) -> Any:
 
 def _with_integer_keys(argument: Any) -> Any:
     """JSON made strings of the keys; the released verifier takes that back, and so must we."""
-    if isinstance(argument, dict) and all(key.lstrip("-").isdecimal() for key in argument):
+    if isinstance(argument, dict) and all(map(_INTEGER.fullmatch, argument)):
         return {int(key): value for key, value in argument.items()}
     return argument
 

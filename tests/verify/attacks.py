@@ -89,6 +89,13 @@ if os.fork() == 0:
     "kill through threads": "import os, signal; signal.pthread_kill(os.getppid(), 9)",
     "signal through a descriptor": "import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
     "limit the fork server": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+    "limit the fork server from a round address": """
+import ctypes, os, struct
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+at = libc.mmap(ctypes.c_void_p(1 << 32), ctypes.c_size_t(4096), 3, 0x32, -1, ctypes.c_long(0))
+ctypes.memmove(at, struct.pack('QQ', 0, 0), 16)
+if libc.prlimit(os.getppid(), 4, ctypes.c_void_p(at), None): raise OSError""",
     "raise its limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "be nice": "import os; os.nice(5)",
     "become root": "import os; os.setuid(0)",
@@ -230,6 +237,7 @@ def look(text):
 """
 
 SCRIPT_CHEATS = {
+    "a number that is none": "print('1' * 65000 + 'x')",
     "say nothing": "",
     "leave early": "import os; os._exit(0)",
     "leave in the middle": "import sys; sys.exit(0)\n" + PRINT,

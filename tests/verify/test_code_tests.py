@@ -69,6 +69,7 @@ def test_functions_are_called_with_the_arguments(grader, program, score):
         ("def f(x): return {1, 2}", [0], [1, 2], 0.0),  # no order
         ("def f(x): return {1: 'a'}", [0], {"1": "a"}, 1.0),
         ("def f(x): return x[3]", [{"3": "c"}], "c", 1.0),  # JSON made the key a text
+        ("def f(x): return x['--3']", [{"--3": "c"}], "c", 1.0),
         ("def f(x): return None", [0], None, 1.0),
         ("def f(x): return 1 / 3", [0], 0.33333333, 1.0),
         ("def f(x): return float('nan')", [0], 0, 0.0),
@@ -131,6 +132,17 @@ def test_arguments_as_lines_of_json(grader):
         ("print({'b', 'a', 'c'} == set('abc'), len(str(10**9999)))", "True 10000"),
         ("import signal\nsignal.alarm(60)\nprint(sum(range(10)))", "45"),
         ("print('ü∑')", "ü∑"),
+        ("import sys\nprint(7)\nsys.stdout.close()", "7"),
+        ("import sys\nprint(7, flush=True)\nsys.stdout = None\nprint(8)", "7"),
+        ("import io, sys\nprint(7)\nsys.stdout = io.StringIO()\nprint(8)", "7"),
+        ("out = open(1, 'w')\nout.write('7')", "7"),
+        ("import os\nout = os.fdopen(1, 'wb')\nout.write(b'7')", "7"),
+        ("n = int(stdin.readline())\nstdout.write(dumps([n, maxsize > n]))", "[7, true]"),
+        ("import os\nprint(os.path.basename(__file__))", "program.py"),
+        (
+            "import resource as r\nr.setrlimit(r.RLIMIT_STACK, (r.RLIM_INFINITY,) * 2)\nprint(7)",
+            "7",
+        ),
     ],
 )
 def test_honest_programs_run_as_anywhere(grader, program, output):
@@ -139,9 +151,24 @@ def test_honest_programs_run_as_anywhere(grader, program, output):
     assert grader.grade(answer(program), truth(["7\n"], [output])) == 1.0
 
 
+def test_numbers_may_be_longer_than_expected(grader):
+    program = "for _ in range(50_000): print('0.5000000000000000001')"
+    assert grader.grade(answer(program), truth([""], ["0.5\n" * 50_000])) == 1.0
+    program = "def f(n): return [0.5000000000000001] * n"
+    assert grader.grade(answer(program), truth([[50_000]], [[0.5] * 50_000], "f")) == 1.0
+
+
 def test_tests_do_not_see_each_other(grader):
     program = "import math\nprint(getattr(math, 'seen', 'no'))\nmath.seen = 'yes'"
     assert grader.grade(answer(program), truth(["", ""], ["no", "no"])) == 1.0
+    program = """
+from fcntl import F_GETFL, F_SETFL, fcntl
+from os import O_NONBLOCK
+for fd in range(3):
+    print(fcntl(fd, F_GETFL) & O_NONBLOCK)
+    fcntl(fd, F_SETFL, O_NONBLOCK)
+"""
+    assert grader.grade(answer(program), truth(["", ""], ["0 0 0"] * 2)) == 1.0
 
 
 def test_right_output_is_not_enough(grader):
@@ -179,6 +206,10 @@ def test_a_grade_ends_in_time_and_tests_that_are_left_have_failed():
         ("```Python3  \r\nx = 1\r\n```", "x = 1"),
         ("1. so:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
         ("```python\nx = '`'\n```\n", "x = '`'"),
+        ("```python\nprint(1)```\nThat is all.", "print(1)"),
+        ("So: ```python\nx = 1\n```", "x = 1"),
+        ("````python\nx = 1\n````", "x = 1"),
+        ("```python\nx = '''\n  \n'''\n```", "x = '''\n  \n'''"),
         ("use a ```python block```", None),
         ("```\nx = 1\n```", None),
         ("```cpp\nint x;\n```", None),

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from megatron_prime.verify.outputs import read_value, same_text, same_value
@@ -16,6 +18,8 @@ LONG = "9" * 10_000
         ("0.3333333", "0.33333333333"),
         ("1e-3 .5 2.", "0.001 0.50 2.0"),
         ("3.0 2.9999999999", "3 3"),
+        ("1e18 1000000000000000007.0", "1000000000000000000 1000000000000000007"),
+        ("1e-9999", "0"),
         ("100000.5", "100000.9"),  # relative 4e-6: NumPy's allclose, as in the released code
         (LONG, "+" + LONG),
         ("inf nan", "inf nan"),
@@ -40,6 +44,9 @@ def test_equal_text(found, expected):
         ("0.334", "0.3333"),
         ("1.00002", "1.0"),
         ("5.0", "five"),
+        ("1e18", "1000000000000000007"),  # two floats are further apart
+        ("1000000000000000001.0", "1000000000000000000"),
+        ("1e9999", "9" * 400),
         ("nan", "1.5"),
         ("1_000", "1000"),
         ("0x10", "16"),
@@ -50,6 +57,15 @@ def test_equal_text(found, expected):
 )
 def test_other_text(found, expected):
     assert not same_text(found, expected)
+
+
+def test_long_garbage_costs_nothing():
+    started = time.monotonic()
+    for digits in ("1" * 65_000, "." + "1" * 65_000, "1." + "1" * 65_000, "1e" + "1" * 65_000):
+        for expected in ("7", "7.5", LONG):
+            assert not same_text(digits + "x", expected)
+            assert not same_text(digits, expected)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_how_programs_end(sandbox):
     assert 0.5 <= time.monotonic() - started < 5
 
 
+def test_a_program_without_the_time_to_begin_is_late_and_no_hole_in_the_walls(sandbox):
+    for _ in range(5):
+        assert sandbox.run(LOOP, b"", 0.0).end == "timeout"
+
+
 def test_output_has_a_limit(sandbox):
     source = "import sys; sys.stdout.write('x' * int(input()))"
     most = OUTPUT + 100

@@ -148,6 +148,8 @@ def test_threads_but_no_processes(ask):
     [
         ("ioctl", (1, 0x5401), (1, 0x5412), errno.ENOTTY),  # TCGETS, TIOCSTI
         ("prlimit64", (0, 7, 0, 1), (0, 7, 1, 0), errno.EPERM),
+        ("prlimit64", (9, 7, 0, 1), (9, 7, 1 << 32, 0), errno.EPERM),  # a round address
+        ("prlimit64", (0, 3, 0, 1), (9, 3, 1, 0), errno.EPERM),  # another's stack
         ("prctl", (15, 1), (1, 0), errno.EPERM),  # a name, the death signal
         ("prctl", (15, 1), (22, 0), errno.EPERM),
         ("fcntl", (1, 1), (1, 8), errno.EPERM),  # F_GETFD, F_SETOWN
@@ -158,6 +160,10 @@ def test_threads_but_no_processes(ask):
 def test_calls_with_some_arguments_only(ask, call, passing, failing, error):
     assert ask(call, *passing) == ALLOW
     assert ask(call, *failing) == fail(error)
+
+
+def test_a_larger_stack_is_promised_and_not_given(ask):
+    assert ask("prlimit64", 0, 3, 1 << 32, 0) == ask("prlimit64", 0, 3, 1, 0) == fail(0)
 
 
 def test_an_unknown_machine_is_refused():
