@@ -254,22 +254,18 @@ def _run(order: dict[str, Any], prelude: dict[str, Any]) -> int:
         status = 1
     for its_end in (getattr(threading, "_shutdown"), atexit._run_exitfuncs):  # noqa: B009
         its_end()  # threads that are no daemons are waited for
-    _flush()
+    _flush(module)
     while value:
         value = value[os.write(4, value) :]
     return status
 
 
-def _flush() -> None:
-    """What Python does at its end: also for files that the program opened and left to it."""
-    for stream in (sys.stdout, sys.__stdout__):
+def _flush(module: types.ModuleType) -> None:
+    """As Python does in the end, also for files that the program opened and left to it."""
+    own = [v for v in vars(module).values() if type(v) in (io.TextIOWrapper, io.BufferedWriter)]
+    for stream in (sys.stdout, sys.__stdout__, *own):
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
-    for kind in (io.TextIOWrapper, io.BufferedWriter):
-        for thing in gc.get_objects():
-            if type(thing) is kind and not thing.closed:
-                with contextlib.suppress(OSError, ValueError):
-                    thing.flush()
 
 
 def _called(module: types.ModuleType, order: dict[str, Any]) -> Any:

@@ -229,7 +229,16 @@ def test_a_response_without_a_program_scores_0(grader):
 
 def test_long_responses_cost_nothing():
     started = time.monotonic()
-    for text in ("```python\n" * 100_000, "`" * 1_000_000, " " * 1_000_000, "```python" * 100_000):
+    for text in (
+        "```python\n" * 100_000,
+        "`" * 1_000_000,
+        " " * 1_000_000,
+        "```python" * 100_000,
+        ("```python" + " " * 1000) * 1000,
+        "```python\n" + "``` " * 250_000 + "x",
+        "```python\n" + " \n" * 500_000,
+        "```python\n" + "\n " * 500_000,
+    ):
         program_of(text)
     assert time.monotonic() - started < 5
 
