@@ -242,6 +242,7 @@ def _run(order: dict[str, Any], prelude: dict[str, Any]) -> int:
     is_script = order["name"] is None
     module = types.ModuleType("__main__" if is_script else "solution")
     vars(module).update(prelude, __file__="program.py")
+    vars(module).pop(order["name"], None)  # a program without `gcd` has not written one
     sys.modules[module.__name__] = module
     value, status = b"", 0
     try:

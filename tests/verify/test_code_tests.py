@@ -62,6 +62,20 @@ def test_functions_are_called_with_the_arguments(grader, program, score):
 
 
 @pytest.mark.parametrize(
+    ("program", "score"),
+    [
+        ("pass", 0.0),
+        ("import math", 0.0),
+        ("class Solution:\n    pass", 0.0),
+        ("from math import gcd", 1.0),
+        ("def gcd(a, b): return a if b == 0 else gcd(b, a % b)", 1.0),
+    ],
+)
+def test_a_function_that_everybody_is_given_has_to_be_written(grader, program, score):
+    assert grader.grade(answer(program), truth([[4, 6]], [2], "gcd")) == score
+
+
+@pytest.mark.parametrize(
     ("program", "arguments", "expected", "score"),
     [
         ("def f(x): return tuple(x)", [[1, [2]]], [1, [2]], 1.0),
