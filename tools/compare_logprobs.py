@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prime.errors import RunError
+from megatron_prime.errors import RunError, WeightsError
 from megatron_prime.runtime.compat import before_megatron_import, install_cpu_shim
 from megatron_prime.weights.directories import MODELS, weights_in
-from megatron_prime.weights.safetensors_io import WeightsError
 
 SERVER_S = 120.0  # for its answer
 TEXT = "Let x be the number of apples. Then 3x + 2 = 14, so x = 4 and the answer is \\boxed{4}."

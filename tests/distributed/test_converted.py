@@ -13,7 +13,8 @@ import torch
 from launch import ROOT, run_ranks
 from safetensors.torch import load_file
 
-from megatron_prime.weights.convert import Options, to_megatron
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 from megatron_prime.weights.torch_dist import WEIGHTS, DistCheckpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -27,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.make(folder)
     for i, name in enumerate(tiny_models.CONFIGS):
         options = Options(tp=1 + i % 2, pp=2, workers=2)
-        to_megatron(folder / name, folder / "dist" / name, options, lambda *_: None)
+        to_megatron(folder / name, folder / "dist" / name, options, lambda *_, **__: None)
     return folder
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prime.weights.convert import Options, to_megatron
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 
 ROOT = Path(__file__).parents[2]
 TOKENS = "5,1,7,7,30,2,11"
@@ -72,12 +73,12 @@ def changed(hf: Path, out: Path, name: str) -> Path:
     tensors = load_file(hf / "model.safetensors")
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, out / "hf" / "model.safetensors", metadata={"format": "pt"})
-    to_megatron(out / "hf", out / "dist", Options(), lambda *_: None)
+    to_megatron(out / "hf", out / "dist", Options(), lambda *_, **__: None)
     return out / "dist"
 
 
 def test_equal_weights_agree(tmp_path: Path, hf: Path) -> None:
-    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_: None)
+    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_, **__: None)
     (found,) = compare(hf, tmp_path / "dist")
     assert found.endswith("status 0 ")
     assert "all layers agree to 0.0001" in found
