@@ -1,4 +1,4 @@
-"""Stretches of tensors from file to file, through a buffer of a megabyte.
+"""Stretches of tensors from file to file, through a buffer of 256 KiB.
 
 Most of a conversion moves bytes: a tensor's rows lie together in either form. So they are read in
 blocks that stay in the processor's cache while their sum is made and they are written; how large
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.dtypes import ITEMSIZE
 
-BLOCK = 1 << 20  # bytes; of larger ones, 4 MiB, Linux writes a fifth as many per second
+BLOCK = 1 << 18  # bytes; for larger ones Linux looks for larger free pages, at times for long
 _HUGE = 1 << 22  # bytes; two pages
 
 

@@ -124,7 +124,9 @@ def test_verify_finds_one_changed_value(tmp_path: Path, hf: Path) -> None:
     tensors = tensors_in(hf)
     tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 1
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight in .* is not what"):
+    with pytest.raises(
+        WeightsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight in .* is not what"
+    ):
         same_tensors(HfSource(hf, shape), made, shape, None)
 
 
