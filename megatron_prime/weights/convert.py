@@ -4,7 +4,7 @@
 alone) and refuse what can't work; then `shard_jobs` writes the files, `verify` compares them if
 asked to, and the directory appears under its name when it is whole. Names and layouts are the
 weight sync's: `names.py` says what a parameter is made of, `layout.py` how. The bytes go through
-`stretches`, a quarter of a megabyte at a time. Neither torch nor process groups nor Megatron are needed.
+`stretches`, through small buffers. Neither torch nor process groups nor Megatron are needed.
 """
 
 from __future__ import annotations
