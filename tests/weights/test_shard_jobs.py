@@ -126,12 +126,12 @@ def test_to_hf_continues_after_a_kill(
     to_megatron(hf, dist, Options(), quiet)
     options, made = Options(shard_bytes=9000), shard_jobs.Workplace.make
 
-    def dies_at_the_third(self, job, write):
-        if job.file.startswith("model-00003"):
+    def dies_from_the_third_on(self, job, write):
+        if job.file >= "model-00003":
             raise Killed
         return made(self, job, write)
 
-    monkeypatch.setattr(shard_jobs.Workplace, "make", dies_at_the_third)
+    monkeypatch.setattr(shard_jobs.Workplace, "make", dies_from_the_third_on)
     with pytest.raises(Killed):
         to_hf(dist, hf, back, options, quiet)
     monkeypatch.undo()
