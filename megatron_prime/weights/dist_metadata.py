@@ -57,7 +57,8 @@ def read(folder: Path) -> Table:
         with (folder / NAME).open("rb") as file:
             found = _Reader(file).load()
         places: dict[tuple[str, tuple[int, ...] | None], Any] = {
-            (index.fqn, index.offset): place for index, place in found.storage_data.items()
+            (index.fqn, getattr(index, "offset", None)): place  # a state's has none
+            for index, place in found.storage_data.items()
         }
         ends: dict[str, int] = {}
         for place in places.values():
