@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from math import prod
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +41,11 @@ def test_engines_of_any_layout_load_what_was_converted(
     assert output.count("compared ") == len(tiny_models.CONFIGS) * ranks * layouts
 
 
+def test_megatron_core_alone_loads_what_was_converted(models: Path) -> None:
+    output = run_ranks(CASES, 1, ["plain", models])
+    assert output.count("plain Megatron-core loaded ") == 2
+
+
 def tool(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
@@ -74,7 +80,7 @@ def test_policy_and_prm_out_of_a_runs_checkpoint(
         assert f"tensor parallel {parts[0]}, pipeline parallel {parts[1]}" in shown
         for model in ("policy", "prm"):
             stored = DistCheckpoint(step / model).tensors
-            numbers = sum(t.size.numel() for k, t in stored.items() if k.startswith(WEIGHTS))
+            numbers = sum(prod(t.size) for k, t in stored.items() if k.startswith(WEIGHTS))
             vocab = truth["model.embed_tokens.weight"].shape
             padding = stored["embedding.word_embeddings.weight"].size[0] - vocab[0]
             padding *= vocab[1] * (1 + ("lm_head.weight" in truth))
