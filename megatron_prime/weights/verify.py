@@ -59,11 +59,10 @@ def _same(wanted: FileTensor, found: FileTensor, name: str, dtype: str, budget: 
     import numpy as np
 
     with ExitStack() as stack:
-        # The held one first: two of which each waits for the other's memory would wait forever.
-        first, second = sorted((wanted, found), key=lambda tensor: tensor.wide)
-        sides = {id(t): stack.enter_context(opened(t, False, budget)) for t in (first, second)}
-        ours = converted(sides[id(wanted)].blocks(0, wanted.rows), name, wanted.dtype, dtype)
-        theirs = sides[id(found)].blocks(0, found.rows)
+        assert wanted.wide or found.wide, "two held ones could wait for each other's memory"
+        first, second = (stack.enter_context(opened(t, False, budget)) for t in (wanted, found))
+        ours = converted(first.blocks(0, wanted.rows), name, wanted.dtype, dtype)
+        theirs = second.blocks(0, found.rows)
         return all(
             np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
             for a, b in _abreast(ours, theirs)
