@@ -85,7 +85,7 @@ class Stretches:
         self._buffer = memoryview(bytearray(min(BLOCK, max(tensor.rows * tensor.pitch, 1))))
         self._whole: Any = None
         if held:
-            self._whole = self._load()
+            self._whole = whole(tensor)
 
     def blocks(self, row: int, rows: int, col: int = 0, cols: int | None = None) -> Iterator[Any]:
         """The bytes of rows `row` and following, of all columns or some, in row-major order."""
@@ -117,26 +117,27 @@ class Stretches:
             np.copyto(block, self._whole[at : at + count, first:last])
             yield block.data.cast("B")
 
-    def _load(self) -> Any:
-        import numpy as np
-
-        itemsize, tensor = ITEMSIZE[self.tensor.dtype], self.tensor
-        whole = np.frombuffer(_memory(tensor.rows * tensor.pitch), np.uint8)
-        whole = whole.reshape(tensor.rows, tensor.pitch)
-        for extent in tensor.extents:
-            first, width = extent.col * itemsize, extent.cols * itemsize
-            some = max(len(self._buffer) // width, 1) * width  # whole rows
-            room = memoryview(bytearray(min(some, extent.rows * width)))
-            row = extent.row
-            for block in _read(extent.path, extent.start, extent.rows * width, room):
-                lines = np.frombuffer(block, np.uint8).reshape(-1, width)
-                whole[row : row + len(lines), first : first + width] = lines
-                row += len(lines)
-        return whole
-
     def close(self) -> None:
         """Let go of the memory."""
         self._whole = None
+
+
+def whole(tensor: FileTensor) -> Any:
+    """All of a tensor, as a numpy array of bytes [rows, bytes of a row] in memory of its own."""
+    import numpy as np
+
+    itemsize = ITEMSIZE[tensor.dtype]
+    held = np.frombuffer(_memory(tensor.rows * tensor.pitch), np.uint8)
+    held = held.reshape(tensor.rows, tensor.pitch)
+    for extent in tensor.extents:
+        first, width = extent.col * itemsize, extent.cols * itemsize
+        some = max(BLOCK // width, 1) * width  # whole rows
+        room, row = memoryview(bytearray(min(some, extent.rows * width))), extent.row
+        for block in _read(extent.path, extent.start, extent.rows * width, room):
+            lines = np.frombuffer(block, np.uint8).reshape(-1, width)
+            held[row : row + len(lines), first : first + width] = lines
+            row += len(lines)
+    return held
 
 
 @contextmanager
