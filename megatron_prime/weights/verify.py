@@ -36,8 +36,10 @@ def same_tensors(
     every = entries(shape)
     pairs = [(entry, source.tensors(entry), made.tensors(entry)) for entry in every]
     sizes = {e.megatron: sum(t.rows * t.pitch for t in wanted) for e, wanted, _ in pairs}
-    largest = max(t.rows * t.pitch for _, *sides in pairs for side in sides for t in side)
-    budget, done = Budget(2 * largest), 0
+    largest = (
+        max(t.rows * t.pitch for pair in pairs for t in pair[side]) for side in (1, 2)
+    )  # of two types of numbers the narrower one's counts
+    budget, done = Budget(2 * min(largest)), 0
 
     def one(pair: tuple[Entry, list[FileTensor], list[FileTensor]]) -> Entry:
         entry, wanted, found = pair
