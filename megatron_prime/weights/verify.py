@@ -37,7 +37,8 @@ def same_tensors(
     pairs = [(entry, source.tensors(entry), made.tensors(entry)) for entry in every]
     sizes = {e.megatron: sum(t.rows * t.pitch for t in wanted) for e, wanted, _ in pairs}
     largest = (
-        max(t.rows * t.pitch for pair in pairs for t in pair[side]) for side in (1, 2)
+        max(t.rows * t.pitch for tensors in side for t in tensors)
+        for side in ([wanted for _, wanted, _ in pairs], [found for *_, found in pairs])
     )  # of two types of numbers the narrower one's counts
     budget, done = Budget(2 * min(largest)), 0
 
