@@ -16,6 +16,10 @@ class NotFinite(RunError, FloatingPointError):
     """A loss, gradient or log-prob is NaN or infinite."""
 
 
+class WeightsError(RunError, ValueError):
+    """A checkpoint whose tensors are not those of the model; the message names file and tensor."""
+
+
 class OtherRankFailed(RunError):
     """All that this rank knows is that another one had an error; that one tells which."""
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prime.errors import RunError
+from megatron_prime.errors import RunError, WeightsError
 from megatron_prime.runtime.compat import before_megatron_import, install_cpu_shim
+from megatron_prime.weights.convert_sources import HfSource, MegatronSource
 from megatron_prime.weights.directories import MODELS, weights_in
-from megatron_prime.weights.safetensors_io import WeightsError
+from megatron_prime.weights.shape import ModelShape
 
 SERVER_S = 120.0  # for its answer
 TEXT = "Let x be the number of apples. Then 3x + 2 = 14, so x = 4 and the answer is \\boxed{4}."
@@ -30,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     before_megatron_import()
     try:
         checkpoint = weights_in(known.checkpoint, known.model).folder
+        shape = ModelShape.from_hf(known.hf)
+        HfSource(known.hf, shape)  # both are whole, and of this shape: no library would say so
+        MegatronSource(checkpoint, shape)
         words, token_ids = _tokens(known.hf, known.text, known.tokens)
+        if beyond := [token for token in token_ids if not 0 <= token < shape.vocab_size]:
+            raise WeightsError(f"found token {beyond[0]}, wanted 0 to {shape.vocab_size - 1}")
         served = asyncio.run(_through_server(known.server, token_ids)) if known.server else None
         install_cpu_shim()
         from megatron_prime.models import side_by_side

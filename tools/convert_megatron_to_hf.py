@@ -9,21 +9,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_prime.errors import RunError
+from megatron_prime.errors import RunError, WeightsError
 from megatron_prime.runtime.progress import Progress
-from megatron_prime.weights.convert import Options, to_hf
-from megatron_prime.weights.convert_sources import HfSource, MegatronSource, verify
+from megatron_prime.weights.convert import to_hf
+from megatron_prime.weights.convert_plan import Options
 from megatron_prime.weights.directories import MODELS, check_sizes, weights_in
-from megatron_prime.weights.raw_safetensors import FLAGS
-from megatron_prime.weights.safetensors_io import WeightsError
-from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.dtypes import FLAGS
+from megatron_prime.weights.numbers import gigabytes, whole
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with the reason."""
     known = _parser().parse_args(arguments)
-    dtype = FLAGS.get(known.dtype)
-    options = Options(dtype, shard_bytes=int(known.max_shard_gb * 1e9), workers=known.workers)
+    options = Options(
+        FLAGS.get(known.dtype),
+        shard_bytes=known.max_shard_gb,
+        workers=known.workers,
+        verify=known.verify,
+    )
+    there = known.out.exists()
     try:
         weights = weights_in(known.checkpoint, known.model)
         hf_dir = known.hf or weights.hf_dir
@@ -33,16 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
                 "Hugging Face directory that the model started from"
             )
         check_sizes(weights.folder)
-        to_hf(weights.folder, hf_dir, known.out, options, Progress())
-        print(f"wrote {known.out}")
-        if known.verify:
-            shape = ModelShape.from_hf(hf_dir)
-            made = HfSource(known.out, shape)
-            count = verify(MegatronSource(weights.folder, shape), made, shape, dtype)
-            print(f"verified: {count} tensors are bit for bit those of {weights.folder}")
+        count = to_hf(weights.folder, hf_dir, known.out, options, Progress())
     except (RunError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    if not there:
+        print(f"wrote {known.out}")
+    if known.verify:
+        print(f"verified: {count} tensors are bit for bit those of {weights.folder}")
     return 0
 
 
@@ -59,9 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         "from, or what the converted one brought along",
     )
     add("--dtype", choices=FLAGS, help="default: as it is")
-    add("--max-shard-gb", type=float, default=4.0, help="of a file (default: 4)")
-    add("--workers", type=int, default=2, help="threads (default: 2)")
-    add("--verify", action="store_true", help="read the result again and compare every tensor")
+    add("--max-shard-gb", type=gigabytes, default="4", help="of a file (default: 4)")
+    add("--workers", type=whole, default=2, help="threads (default: 2)")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare all before OUT appears, or an OUT that is there",
+    )
     return parser
 
 

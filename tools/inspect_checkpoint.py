@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from megatron_prime.errors import RunError
 from megatron_prime.weights import manifest
 from megatron_prime.weights.convert import HF_FOLDER, NOTE
 from megatron_prime.weights.directories import Kind, damages, hf_of, kind_of, run_state
+from megatron_prime.weights.dtypes import ITEMSIZE
 from megatron_prime.weights.raw_safetensors import HfFiles
 from megatron_prime.weights.shape import ModelShape
 from megatron_prime.weights.torch_dist import WEIGHTS, DistCheckpoint
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = damages(folder, kind)
         for line in _lines(folder, kind) if not found else [f"{folder}: {kind}"]:
             print(line)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RunError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -59,7 +63,7 @@ def _lines(folder: Path, kind: Kind) -> Iterator[str]:
         yield f"  {_architecture(folder)}"
         files = HfFiles(folder)
         stored = [files.stored(name) for name in files.file_of]
-        sizes = Counter[Any]()
+        sizes = Counter[str]()
         for tensor in stored:
             sizes[tensor.dtype] += prod(tensor.size)
         yield from _types("weights", sizes)
@@ -107,17 +111,17 @@ def _architecture(hf_dir: Path) -> str:
 
 
 def _distributed(folder: Path) -> Iterator[str]:
-    sizes = {"weights": Counter[Any](), "optimizer": Counter[Any]()}
+    sizes = {"weights": Counter[str](), "optimizer": Counter[str]()}
     for key, stored in DistCheckpoint(folder).tensors.items():
         what = "weights" if key.startswith(WEIGHTS) else "optimizer"
-        sizes[what][stored.properties.dtype] += prod(stored.size)
+        sizes[what][stored.dtype] += prod(stored.size)
     for what, counted in sizes.items():
         yield from _types(what, counted)
 
 
-def _types(what: str, counted: Counter[Any]) -> Iterator[str]:
-    for dtype, numbers in sorted(counted.items(), key=str):
-        gb = numbers * dtype.itemsize / 1e9
+def _types(what: str, counted: Counter[str]) -> Iterator[str]:
+    for dtype, numbers in sorted(counted.items()):
+        gb = numbers * ITEMSIZE[dtype] / 1e9
         unit = "parameters" if what == "weights" else "numbers"
         yield f"  {what} {numbers:,} {unit} in {str(dtype).removeprefix('torch.')}, {gb:,.3f} GB"
 

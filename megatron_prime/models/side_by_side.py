@@ -31,7 +31,7 @@ class Run:
     """What a model makes of T tokens."""
 
     logprobs: Tensor  # float32 [T - 1], of each token but the first
-    states: dict[str, Tensor]  # float32 [T, hidden], outputs by name, in the order of the model
+    states: dict[str, Tensor]  # float32 [T, hidden] on the CPU, by name, in the model's order
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _watch(embedding: Any, layers: Sequence[Any], norm: Any) -> dict[str, Tensor
     def keep(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            states[name] = hidden.detach().float().reshape(-1, hidden.shape[-1])
+            states[name] = hidden.detach().float().cpu().reshape(-1, hidden.shape[-1])
 
         return hook
 

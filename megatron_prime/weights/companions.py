@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
+from megatron_prime.errors import WeightsError
 
 _COPIED = (
     "tokenizer.json",
@@ -15,18 +15,28 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tokenizer.model.v3",  # Mistral's
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
 )
 
 
-def other_files(source_dir: Path, dtype: torch.dtype) -> dict[str, bytes]:
-    """The small files of `source_dir` by name; config.json names `dtype`."""
+_FOLDER = "additional_chat_templates"  # NAME.jinja, as transformers saves more than one
+
+
+def other_files(source_dir: Path, dtype: str) -> dict[str, bytes]:
+    """The small files of `source_dir` by name; config.json names `dtype` ("bfloat16")."""
     config = json.loads((source_dir / "config.json").read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and before
-    config[key] = str(dtype).removeprefix("torch.")
-    copied = {
-        name: (source_dir / name).read_bytes() for name in _COPIED if (source_dir / name).exists()
-    }
+    config[key] = dtype
+    paths = [source_dir / name for name in _COPIED]
+    paths += sorted((source_dir / _FOLDER).glob("*.jinja"))
+    copied = {}
+    for path in paths:
+        if path.exists():
+            copied[str(path.relative_to(source_dir))] = path.read_bytes()
+        elif path.is_symlink():
+            raise WeightsError(f"{path} is a link to nothing; download it again, or remove it")
     return {"config.json": json.dumps(config, indent=2).encode(), **copied}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_prime.errors import WeightsError
 from megatron_prime.weights import manifest
 from megatron_prime.weights.convert import HF_FOLDER, NOTE
 from megatron_prime.weights.raw_safetensors import HfFiles
-from megatron_prime.weights.safetensors_io import WeightsError
 from megatron_prime.weights.torch_dist import DistCheckpoint
 
 Kind = Literal["huggingface", "run", "converted", "megatron"]

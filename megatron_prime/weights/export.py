@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron_prime.config import ConfigError
 from megatron_prime.weights.companions import other_files
 from megatron_prime.weights.gather import gather_hf_tensors
-from megatron_prime.weights.safetensors_io import SHARD_BYTES, write_hf_checkpoint
+from megatron_prime.weights.raw_safetensors import SHARD_BYTES
+from megatron_prime.weights.safetensors_io import write_hf_checkpoint
 from megatron_prime.weights.shape import ModelShape
 
 
@@ -35,7 +36,7 @@ def export_hf(
     if parallel_state.get_data_parallel_rank() == 0:  # the replica of rank 0
         tensors = gather_hf_tensors(chunks, shape)
         if dist.get_rank() == 0:
-            dtype = next(chunks[0].parameters()).dtype
+            dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
             write_hf_checkpoint(tensors, other_files(source_dir, dtype), out_dir, shard_bytes)
         else:
             for _ in tensors:  # take part in the collectives

@@ -9,17 +9,21 @@ stretches of all ranks together:
     GATE_UP  rows of gate and up; fused one above the other
     VOCAB    rows, with zero rows after the last token so that all shards are equal
     COLUMNS  columns (the layer's input)            WHOLE    the same on every rank
+
+`row_runs` says the same of the whole model's parameter in numbers of rows, for the converters:
+they move bytes from file to file and need no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_prime.weights.shape import ModelShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Layout(Enum):
@@ -58,6 +62,8 @@ def _even(length: int, tp: int, rank: int) -> slice:
 
 def fuse(layout: Layout, parts: Sequence[Tensor], shape: ModelShape, tp: int) -> Tensor:
     """One rank's Megatron parameter from its stretches of the Hugging Face tensors, or a view."""
+    import torch
+
     if layout is Layout.QKV:
         groups = shape.num_kv_heads // tp
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -88,6 +94,31 @@ def unfuse(layout: Layout, shard: Tensor, shape: ModelShape, tp: int, rank: int)
 
 def join(layout: Layout, stretches: Sequence[Tensor]) -> Tensor:
     """Inverse of `part_of`: one Hugging Face tensor from the stretches of all ranks in order."""
+    import torch
+
     if layout is Layout.WHOLE or len(stretches) == 1:
         return stretches[0].contiguous()
     return torch.cat(list(stretches), dim=1 if layout is Layout.COLUMNS else 0)
+
+
+class Run(NamedTuple):
+    """Rows of a Megatron parameter that are consecutive rows of one Hugging Face tensor."""
+
+    fused: int  # the first row there
+    tensor: int  # which of the entry's tensors
+    row: int  # the first row of it
+    rows: int
+
+
+def row_runs(layout: Layout, rows: Sequence[int], shape: ModelShape) -> list[Run]:
+    """What `fuse` makes of whole tensors with so many `rows`; padding is left out."""
+    if layout is not Layout.QKV:
+        starts = [sum(rows[:i]) for i in range(len(rows))]
+        return [Run(start, i, 0, n) for i, (start, n) in enumerate(zip(starts, rows, strict=True))]
+    each = [n // shape.num_kv_heads for n in rows]  # rows of q, k and v per key/value head
+    group, starts = sum(each), [sum(each[:i]) for i in range(len(each))]
+    return [
+        Run(head * group + starts[i], i, head * each[i], each[i])
+        for head in range(shape.num_kv_heads)
+        for i in range(len(rows))
+    ]

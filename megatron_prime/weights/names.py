@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_prime.weights.layout import Layout
 from megatron_prime.weights.shape import ModelShape
+
+if TYPE_CHECKING:  # the converters do without torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)

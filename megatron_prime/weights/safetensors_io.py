@@ -19,15 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_prime.errors import RunError
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30
-
-
-class WeightsError(RunError, ValueError):
-    """A checkpoint whose tensors are not those of the model; the message names file and tensor."""
+from megatron_prime.errors import WeightsError
+from megatron_prime.weights.raw_safetensors import (
+    INDEX,
+    SHARD_BYTES,
+    SINGLE,
+    check_names,
+    files_of,
+)
 
 
 class HfCheckpoint:
@@ -36,34 +35,15 @@ class HfCheckpoint:
     def __init__(self, hf_dir: Path) -> None:
         self.hf_dir = hf_dir
         self._open: dict[str, Any] = {}
-        index = hf_dir / _INDEX
-        self.file_of: dict[str, str]  # by tensor name
-        if index.exists():
-            self.file_of = json.loads(index.read_text())["weight_map"]
-        elif (hf_dir / _SINGLE).exists():
-            self.file_of = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
-        else:
-            raise WeightsError(f"{hf_dir}: found neither {_SINGLE} nor {_INDEX}")
+        self.file_of = files_of(hf_dir)  # by tensor name
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], may_ignore: Iterable[str] = ()) -> None:
         """WeightsError unless there are exactly the `wanted` tensors, each in its shape.
 
         Surplus tensors are an error too (they mean another architecture), but for `may_ignore`.
         """
-        missing = wanted.keys() - self.file_of.keys()
-        surplus = self.file_of.keys() - wanted.keys() - set(may_ignore)
-        wrong = [
-            f"{name} is {self.size(name)}, wanted {size}"
-            for name, size in wanted.items()
-            if name not in missing and self.size(name) != size
-        ]
-        for what, names in (("lacks", missing), ("has unknown", surplus), ("has wrong", wrong)):
-            if names:
-                some = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
-                raise WeightsError(
-                    f"{self.hf_dir} {what} tensors ({len(names)}): {some}; "
-                    "do config.json and safetensors belong together?"
-                )
+        found = {name: self.size(name) if name in wanted else () for name in self.file_of}
+        check_names(self.hf_dir, found, wanted, may_ignore)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors by name, whole."""
@@ -92,7 +72,7 @@ class HfCheckpoint:
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except FileNotFoundError as error:
-                raise WeightsError(f"{path} is in {_INDEX} but not there; download it") from error
+                raise WeightsError(f"{path} is in {INDEX} but not there; download it") from error
             except SafetensorError as error:
                 raise WeightsError(
                     f"{path} is damaged or cut short ({error}); download or copy it again"
@@ -116,12 +96,12 @@ def write_hf_checkpoint(
         shutil.rmtree(writing)
     writing.mkdir(parents=True)
     shards, total = _write_shards(tensors, writing, shard_bytes)
-    names = [_SINGLE]
+    names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in _from_1(shards)]
         weight_map = {t: name for name, held in zip(names, shards, strict=True) for t in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (writing / _INDEX).write_text(json.dumps(index, indent=2))
+        (writing / INDEX).write_text(json.dumps(index, indent=2))
     for i, name in zip(_from_1(shards), names, strict=True):
         (writing / f"{i}.part").rename(writing / name)
     for name, content in others.items():
@@ -161,7 +141,7 @@ def _write_shards(
 def _move_over(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     (target / "config.json").unlink(missing_ok=True)
-    for stale in (*target.glob("model*.safetensors"), target / _INDEX):
+    for stale in (*target.glob("model*.safetensors"), target / INDEX):
         stale.unlink(missing_ok=True)
     for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(target / file.name)

@@ -50,10 +50,15 @@ class ModelShape:
             config = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise ConfigError(
-                f"no {path}; model.hf must be the directory of a Hugging Face checkpoint"
+                f"no {path}; wanted the directory of a Hugging Face checkpoint (of a run: model.hf)"
             ) from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, no UTF-8
             raise ConfigError(f"{path} is not JSON: {error}; download it again") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path}: found {type(config).__name__}, wanted a table of settings")
+        for key in _WHOLE & config.keys():
+            if not isinstance(config[key], int) or config[key] < 1:
+                raise ConfigError(f"{path}: found {key} = {config[key]!r}, wanted a whole number")
         try:
             return _from_config(config, path, tp)
         except KeyError as error:
@@ -68,6 +73,13 @@ def padded(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // (16 * tp)) * 16 * tp
 
 
+_WHOLE = {
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+}
 # What no model here has: the value that runs, and what another one means.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "another activation"),

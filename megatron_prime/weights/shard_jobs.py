@@ -1,34 +1,38 @@
 """Writing a directory of large files so that a kill loses only the files that were being written.
 
-The directory is filled under a hidden name beside its own and renamed when it is whole. Beside each
-finished file lies a note: size, checksum and what is where in it. Who comes back finds the notes,
-checks those files and writes only the others, provided that the same thing is being made of the
-same sources. Workers are threads (reading, copying, checksums and writing all run without Python's
-lock); what they hold in memory at once comes out of one budget, so that more of them need no more.
+The directory is filled under a hidden name and renamed when it is whole. Beside it lies a note for
+each finished file: size, checksum and what is where in it. Who comes back finds the notes, checks
+those files and writes only the others, provided that the same thing is being made of the same
+sources. The notes go only after the rename, so a kill at any moment finds them or needs none.
+Workers are threads: reading, copying, checksums and writing all run without Python's lock.
+
+    .OUT.converting/notes/FILE.json      and the sources, by which notes are known
+    .OUT.converting/made/                becomes OUT
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prime.errors import WeightsError
 from megatron_prime.weights import manifest
+from megatron_prime.weights.dist_metadata import Piece
 from megatron_prime.weights.names import Entry
-from megatron_prime.weights.safetensors_io import WeightsError
-from megatron_prime.weights.torch_dist import Piece
+from megatron_prime.weights.stretches import BLOCK
 
-_BLOCK = 1 << 20  # bytes
-_TASK = "conversion.json"
+_TASK = "of.json"
+_UNITS = ((9, "GB"), (6, "MB"), (3, "kB"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,123 +54,141 @@ class Done:
     pieces: tuple[Piece, ...]
 
 
-class Budget:
-    """Bytes that all workers together may hold."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held, self._changed = limit, 0, threading.Condition()
-
-    @contextmanager
-    def take(self, nbytes: int) -> Iterator[None]:
-        """Wait until `nbytes` are free; what is larger than all of it waits for all of it."""
-        nbytes = min(nbytes, self._limit)
-        with self._changed:
-            self._changed.wait_for(lambda: self._held + nbytes <= self._limit)
-            self._held += nbytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= nbytes
-                self._changed.notify_all()
-
-
 class Summed:
-    """A file that knows the checksum of what was written to it.
-
-    An error of the disk is kept for `flush`: torch.save would hide it behind one of its own.
-    """
+    """A file that knows the checksum of what was written to it."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.size, self.crc32 = file, 0, 0
-        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`; returns its bytes."""
         view = memoryview(data).cast("B")
         length = len(view)
-        for start in range(0, length, _BLOCK):  # summed and written while it is in the cache
-            block = view[start : start + _BLOCK]
+        for start in range(0, length, BLOCK):  # summed and written while it is in the cache
+            block = view[start : start + BLOCK]
             self.crc32 = zlib.crc32(block, self.crc32)
-            try:
-                while block and not self._error:
-                    block = block[self._file.write(block) :]
-            except OSError as error:
-                self._error = error
+            while block:
+                block = block[self._file.write(block) :]
         self.size += length
         return length
-
-    def flush(self) -> None:
-        """Raise what the disk has said."""
-        if self._error:
-            raise self._error
 
 
 Write = Callable[[Job, Summed], tuple[Piece, ...]]
 
 
 class Workplace:
-    """The directory `out` while it is being made."""
+    """The directory `out` while it is being made, in `folder`."""
 
     def __init__(self, out: Path, task: dict[str, Any]) -> None:
-        if out.exists():
+        if out.exists() or out.is_symlink():
             raise WeightsError(f"{out} exists; move it away or choose another --out")
-        self.out, self.folder = out, out.parent / f".{out.name}.converting"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self.out, self._hidden = out, hidden(out)
+        self.folder, self._notes = self._hidden / "made", self._hidden / "notes"
+        with self.disk():
+            self._hidden.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._hidden, out)
+            noted = self._notes / _TASK
+            before = noted.read_text() if noted.exists() else ""
+            if before != json.dumps(task) or not self.folder.exists():  # of something else
+                for stale in self._hidden.iterdir():
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+                self._notes.mkdir()
+                _replace(noted, json.dumps(task))
+                self.folder.mkdir()
+
+    @contextmanager
+    def disk(self) -> Iterator[None]:
+        """Errors of the disk while writing: a full one, a quota, no rights."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WeightsError(f"another conversion is writing {out}; let it end") from error
-        noted = self.folder / _TASK
-        before = noted.read_text() if noted.exists() else ""
-        if before != json.dumps(task):  # of something else
-            for stale in self.folder.iterdir():
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            _replace(noted, json.dumps(task))
+            yield
+        except OSError as error:
+            raise WeightsError(
+                f"can't write {error.filename or self._hidden}: {error.strerror}; make room, and "
+                "the same command continues with the files that are done"
+            ) from error
 
     def finished(self, job: Job) -> Done | None:
         """What is known of a file of before, if it is as it was written."""
-        note = self.folder / f"{job.file}.done"
-        if not note.exists():
+        try:
+            found = json.loads((self._notes / f"{job.file}.json").read_text())
+            pieces = tuple(
+                Piece(key, _tuple(offsets), tuple(sizes), start, length)
+                for key, offsets, sizes, start, length in found["pieces"]
+            )
+            done = Done(job.file, found["size"], found["crc32"], pieces)
+        except (
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # none, or damaged: do it again
             return None
-        found = json.loads(note.read_text())
-        pieces = tuple(
-            Piece(p["key"], _tuple(p["offsets"]), tuple(p["sizes"]), p["start"], p["length"])
-            for p in found["pieces"]
-        )
-        done = Done(job.file, found["size"], found["crc32"], pieces)
         entry = manifest.Entry(done.size, done.crc32)
         return None if manifest.check(self.folder, job.file, entry) else done
 
     def make(self, job: Job, write: Write) -> Done:
         """Write a file, to the disk, and its note."""
         path = self.folder / job.file
-        try:
-            with path.open("wb", buffering=0) as file:
-                summed = Summed(file)
-                pieces = write(job, summed)
-                summed.flush()
-                os.fsync(file.fileno())
-            done = Done(job.file, summed.size, summed.crc32, pieces)
-            _replace(self.folder / f"{job.file}.done", json.dumps(asdict(done)))
-        except OSError as error:  # the disk is full, a quota, no rights
-            path.unlink(missing_ok=True)
-            raise WeightsError(
-                f"can't write {path}: {error.strerror}; make room, and the same command "
-                "continues with the files that are done"
-            ) from error
+        with self.disk():
+            try:
+                with path.open("wb", buffering=0) as file:
+                    summed = Summed(file)
+                    pieces = write(job, summed)
+                    os.fsync(file.fileno())
+                done = Done(job.file, summed.size, summed.crc32, pieces)
+                _replace(self._notes / f"{job.file}.json", json.dumps(asdict(done)))
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                error.filename = error.filename or str(path)
+                raise
         return done
 
-    def publish(self) -> None:
-        """The directory under its own name, without the notes; it is whole."""
-        for note in (*self.folder.glob("*.done"), self.folder / _TASK):
-            note.unlink()
-        for path in (*self.folder.rglob("*"), self.folder):
-            _to_disk(path)
-        self.folder.rename(self.out)
-        _to_disk(self.out.parent)
+    def write(self, files: dict[str, bytes], folder: str = ".") -> None:
+        """Small files by name."""
+        with self.disk():
+            for name, content in files.items():
+                path = self.folder / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+    def forget(self) -> None:
+        """What was made is wrong: the same command begins anew."""
+        shutil.rmtree(self._hidden)
         os.close(self._lock)
+
+    def publish(self) -> None:
+        """The directory under its own name; it is whole."""
+        with self.disk():
+            for path in (*self.folder.rglob("*"), self.folder):
+                _to_disk(path)
+            self.folder.rename(self.out)
+            _to_disk(self.out.parent)
+        shutil.rmtree(self._hidden)
+        os.close(self._lock)
+
+
+def hidden(out: Path) -> Path:
+    """Where `out` is while it is being made."""
+    return out.parent / f".{out.name}.converting"
+
+
+def clear_notes(out: Path) -> None:
+    """What a kill has left of the making of `out`, right after it got its name."""
+    if hidden(out).exists() and not (hidden(out) / "made").exists():
+        shutil.rmtree(hidden(out))
+
+
+def _locked(folder: Path, out: Path) -> int:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise WeightsError(f"another conversion is writing {out}; let it end") from error
+    except OSError as error:  # Lustre without -o flock: nothing keeps two apart there
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return lock
 
 
 def run(
@@ -204,13 +226,18 @@ def room_for(out: Path, nbytes: int) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    held = out.parent / f".{out.name}.converting"
-    there = sum(f.stat().st_size for f in held.rglob("*") if f.is_file()) if held.exists() else 0
+    there = 0
+    for file in hidden(out).rglob("*"):
+        with suppress(FileNotFoundError):  # another conversion's, which the lock will find
+            there += file.stat().st_size
     free = shutil.disk_usage(parent).free + there
     if free < nbytes:
+        unit, name = next(
+            ((10**power, name) for power, name in _UNITS if nbytes >= 10**power), (1, "bytes")
+        )
         raise WeightsError(
-            f"{parent} has {free / 1e9:,.1f} GB free, wanted {nbytes / 1e9:,.1f} GB; make room or "
-            "choose another --out"
+            f"{parent} has {free / unit:,.1f} {name} free, wanted {nbytes / unit:,.1f}; make room "
+            "or choose another --out"
         )
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from megatron_prime.weights.convert_sources import MegatronSource
 from megatron_prime.weights.gather import gather_hf_tensors, values_of
 from megatron_prime.weights.layout import unfuse
-from megatron_prime.weights.names import Entry, entries, parameters_by_entry
+from megatron_prime.weights.names import Entry, entries, hf_shapes, parameters_by_entry
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.stretches import whole
 
 
 class LiveWeights:
@@ -79,21 +80,20 @@ class MegatronWeights:
     def __init__(self, folder: Path, shape: ModelShape) -> None:
         """`folder` is a model's of a run's checkpoint. WeightsError if it has not this shape."""
         self._source = MegatronSource(folder, shape)
-        self._entries = list(entries(shape))
-        self._parts: dict[str, Tensor] = {}  # of the entry that was read last
+        self._sizes = hf_shapes(shape)
+        self._entry_of = {name: entry for entry in entries(shape) for name in entry.hf}
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, whole."""
-        for entry in self._entries:
-            yield from zip(entry.hf, self._source.tensors(entry), strict=True)
+        for name in self._entry_of:
+            yield name, self.stretch(name)
 
     def stretch(self, hf: str) -> Tensor:
         """A whole tensor."""
-        if hf not in self._parts:
-            entry = next(entry for entry in self._entries if hf in entry.hf)
-            self._parts = dict(zip(entry.hf, self._source.tensors(entry), strict=True))
-        return self._parts[hf]
+        entry = self._entry_of[hf]
+        stored = self._source.tensors(entry)[entry.hf.index(hf)]
+        values = torch.from_numpy(whole(stored).reshape(-1)).view(getattr(torch, stored.dtype))
+        return values.view(self._sizes[hf])
 
     def forget(self) -> None:
-        """Let go of the tensors that were read last."""
-        self._parts = {}
+        """Nothing is kept."""

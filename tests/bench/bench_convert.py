@@ -1,4 +1,4 @@
-"""Converting against copying the same bytes, both to the disk, and the memory that it takes.
+"""Converting against `shutil.copyfile` and fsync of the same bytes, and the memory it takes.
 
 `python tests/bench/bench_convert.py [--gb 2] [--workers 2] [--folder DIR]`. Copies and conversions
 take turns, each in a process of its own, for the machine may be busy; rates are those of the
@@ -33,10 +33,10 @@ import os, pathlib, shutil, sys
 source, target = map(pathlib.Path, sys.argv[1:])
 target.mkdir()
 for path in source.iterdir():
-    with path.open("rb") as a, (target / path.name).open("wb") as b:
-        shutil.copyfileobj(a, b, 1 << 24)
-        b.flush()
-        os.fsync(b.fileno())
+    shutil.copyfile(path, target / path.name)  # within the kernel
+    file = os.open(target / path.name, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 """
 
 
@@ -67,11 +67,13 @@ def main() -> None:
         }  # fmt: skip
         subprocess.run([*tool, "--hf", str(hf), "--out", str(work / "kept"), *more], check=True)
         seconds: dict[str, list[float]] = {what: [] for what in commands}
+        busy: dict[str, list[float]] = {what: [] for what in commands}
         peaks: dict[str, int] = {}
         for _ in range(known.turns):
             for what, command in commands.items():
-                taken, peak = measured(command)
+                taken, processor, peak = measured(command)
                 seconds[what].append(taken)
+                busy[what].append(processor)
                 peaks[what] = max(peaks.get(what, 0), peak)
                 for made in ("copy", "to", "back"):
                     shutil.rmtree(work / made, ignore_errors=True)
@@ -81,19 +83,21 @@ def main() -> None:
             share = middle["copy"] / taken
             print(
                 f"{what:16} {taken:6.2f} s {nbytes / 1e9 / taken:6.2f} GB/s "
-                f"{share:5.0%} of copying, peak {peaks[what] / 2**20:,.0f} MiB"
+                f"{share:5.0%} of copying, processor {statistics.median(busy[what]):5.2f} s, "
+                f"peak {peaks[what] / 2**20:,.0f} MiB"
             )
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Seconds and the largest resident memory in bytes."""
+def measured(command: list[str]) -> tuple[float, float, int]:
+    """Seconds, of them on processors (all together), and the largest resident memory in bytes."""
     os.sync()
     began = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, command
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    taken = time.perf_counter() - began
+    return taken, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 if __name__ == "__main__":

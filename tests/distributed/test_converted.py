@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from math import prod
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,8 @@ import torch
 from launch import ROOT, run_ranks
 from safetensors.torch import load_file
 
-from megatron_prime.weights.convert import Options, to_megatron
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 from megatron_prime.weights.torch_dist import WEIGHTS, DistCheckpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -27,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.make(folder)
     for i, name in enumerate(tiny_models.CONFIGS):
         options = Options(tp=1 + i % 2, pp=2, workers=2)
-        to_megatron(folder / name, folder / "dist" / name, options, lambda *_: None)
+        to_megatron(folder / name, folder / "dist" / name, options, lambda *_, **__: None)
     return folder
 
 
@@ -37,6 +39,11 @@ def test_engines_of_any_layout_load_what_was_converted(
 ) -> None:
     output = run_ranks(CASES, ranks, ["load", models])
     assert output.count("compared ") == len(tiny_models.CONFIGS) * ranks * layouts
+
+
+def test_megatron_core_alone_loads_what_was_converted(models: Path) -> None:
+    output = run_ranks(CASES, 1, ["plain", models])
+    assert output.count("plain Megatron-core loaded ") == 2
 
 
 def tool(name: str) -> ModuleType:
@@ -73,7 +80,7 @@ def test_policy_and_prm_out_of_a_runs_checkpoint(
         assert f"tensor parallel {parts[0]}, pipeline parallel {parts[1]}" in shown
         for model in ("policy", "prm"):
             stored = DistCheckpoint(step / model).tensors
-            numbers = sum(t.size.numel() for k, t in stored.items() if k.startswith(WEIGHTS))
+            numbers = sum(prod(t.size) for k, t in stored.items() if k.startswith(WEIGHTS))
             vocab = truth["model.embed_tokens.weight"].shape
             padding = stored["embedding.word_embeddings.weight"].size[0] - vocab[0]
             padding *= vocab[1] * (1 + ("lm_head.weight" in truth))

@@ -181,10 +181,11 @@ def test_prm_scores_are_those_of_transformers(
 
 def as_hf(job: Job, full: str, out: Path) -> Path:
     """The trained PRM as a Hugging Face directory, by the converter."""
-    from megatron_prime.weights.convert import Options, to_hf
+    from megatron_prime.weights.convert import to_hf
+    from megatron_prime.weights.convert_plan import Options
 
     checkpoint = job.run(full) / "checkpoints" / "step_000006" / "prm"
-    to_hf(checkpoint, job.folder / "start", out, Options(), lambda *_: None)
+    to_hf(checkpoint, job.folder / "start", out, Options(), lambda *_, **__: None)
     return out
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny_server import KEY, logprobs_of
 
-from megatron_prime.weights.convert import Options, to_megatron
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 
 ROOT = Path(__file__).parents[2]
 TOKENS = [5, 1, 7, 7, 30, 2, 11]
@@ -28,7 +29,7 @@ for arguments in json.loads(sys.argv[2]):
 def converted(model, folder: Path) -> list[str]:
     """What the tool is told of a model."""
     model.save_pretrained(folder / "hf")
-    to_megatron(folder / "hf", folder / "dist", Options(), lambda *_: None)
+    to_megatron(folder / "hf", folder / "dist", Options(), lambda *_, **__: None)
     return ["--hf", str(folder / "hf"), "--checkpoint", str(folder / "dist")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prime.weights.convert import Options, to_megatron
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 
 ROOT = Path(__file__).parents[2]
 TOKENS = "5,1,7,7,30,2,11"
@@ -72,12 +74,12 @@ def changed(hf: Path, out: Path, name: str) -> Path:
     tensors = load_file(hf / "model.safetensors")
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, out / "hf" / "model.safetensors", metadata={"format": "pt"})
-    to_megatron(out / "hf", out / "dist", Options(), lambda *_: None)
+    to_megatron(out / "hf", out / "dist", Options(), lambda *_, **__: None)
     return out / "dist"
 
 
 def test_equal_weights_agree(tmp_path: Path, hf: Path) -> None:
-    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_: None)
+    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_, **__: None)
     (found,) = compare(hf, tmp_path / "dist")
     assert found.endswith("status 0 ")
     assert "all layers agree to 0.0001" in found
@@ -105,3 +107,44 @@ def test_the_first_layer_that_differs_is_named(tmp_path: Path, hf: Path) -> None
     for found, where in zip(compare(hf, *converted), PARTING.values(), strict=True):
         assert found.endswith("status 2 ")
         assert where in found
+
+
+def test_what_does_not_fit_is_told(
+    tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model being built: neither library would name the file or the tensor."""
+    tool = runpy.run_path(str(ROOT / "tools" / "compare_logprobs.py"))["main"]
+    dist, other = tmp_path / "dist", tmp_path / "other"
+    to_megatron(hf, dist, Options(), lambda *_, **__: None)
+    shutil.copytree(hf, other)
+    tensors = load_file(hf / "model.safetensors")
+
+    def said(folder: Path, tokens: str = TOKENS) -> str:
+        arguments = ["--hf", str(folder), "--checkpoint", str(dist), "--tokens", tokens]
+        assert tool(arguments) == 1
+        return capsys.readouterr().err
+
+    assert "found token 37, wanted 0 to 36" in said(hf, "1,2,37")
+    assert "found token -1, wanted 0 to 36" in said(hf, "1,-1")
+    save_file({k: t for k, t in tensors.items() if "q_norm" not in k}, other / "model.safetensors")
+    assert "lacks tensors (4): model.layers.0.self_attn.q_norm.weight" in said(other)
+    config = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    fewer = {k: t for k, t in tensors.items() if "layers.3" not in k}
+    save_file(fewer, other / "model.safetensors")
+    assert "is (4, 32), wanted (3, 32)" in said(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_states_of_a_gpu_are_compared_on_the_cpu() -> None:
+    from megatron_prime.models.side_by_side import Run, _watch, differences
+
+    layers = [torch.nn.Linear(4, 4, device="cuda") for _ in range(3)]
+    states = _watch(layers[0], layers[1:2], layers[2])
+    for layer in layers:
+        layer(torch.ones(2, 4, device="cuda"))
+    run = Run(torch.zeros(1), states)
+    there = Run(torch.zeros(1), {name: state.clone() for name, state in states.items()})
+    assert differences(run, there) == {"embedding": 0, "layer 0": 0, "final norm": 0}
+    assert {state.device.type for state in states.values()} == {"cpu"}

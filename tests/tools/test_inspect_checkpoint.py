@@ -15,7 +15,8 @@ sys.path.append(str(ROOT / "tests" / "weights"))
 
 import synthetic  # noqa: E402
 
-from megatron_prime.weights.convert import Options, to_megatron  # noqa: E402
+from megatron_prime.weights.convert import to_megatron  # noqa: E402
+from megatron_prime.weights.convert_plan import Options  # noqa: E402
 
 PARAMETERS = 3 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48 + 2 * 32) + 2 * 50 * 32 + 32
 
@@ -51,7 +52,7 @@ def test_a_converted_checkpoint(
     tmp_path: Path, inspect: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf, dist = synthetic.make(tmp_path / "hf", synthetic.SMALL), tmp_path / "dist"
-    to_megatron(hf, dist, Options(tp=2, pp=3), lambda *_: None)
+    to_megatron(hf, dist, Options(tp=2, pp=3), lambda *_, **__: None)
     assert inspect.main([str(dist)]) == 0
     shown = capsys.readouterr().out
     assert f"converted from {hf}" in shown

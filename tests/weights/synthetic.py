@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_prime.weights.names import hf_shapes
-from megatron_prime.weights.raw_safetensors import bytes_of, table_of
+from megatron_prime.weights.raw_safetensors import table_of
 from megatron_prime.weights.shape import ModelShape
 
 SMALL: dict[str, Any] = {
@@ -65,13 +65,13 @@ def make(
         file = f"model-{i:05d}-of-{files:05d}.safetensors" if files > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(held, file)
         with (folder / file).open("wb") as out:
-            out.write(table_of((name, dtype, sizes[name]) for name in held))
+            out.write(table_of((name, str(dtype)[6:], sizes[name]) for name in held))
             if sparse:
                 out.truncate(out.tell() + sum(prod(sizes[n]) for n in held) * dtype.itemsize)
                 continue
             for name in held:
                 tensor = torch.randn(sizes[name], generator=generator).to(dtype)
-                out.write(bytes_of(tensor))
+                out.write(tensor.view(-1).view(torch.uint8).numpy())
     if files > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prime.weights.layout import Layout, fuse, join, part_of, unfuse
+from megatron_prime.weights.layout import Layout, fuse, join, part_of, row_runs, unfuse
 from megatron_prime.weights.names import Entry, entries, hf_shapes
 from megatron_prime.weights.shape import ModelShape, padded
 
@@ -91,3 +91,17 @@ def test_round_trip_is_bit_exact(seed: int, tp: int) -> None:
 def test_uneven_split_is_refused() -> None:
     with pytest.raises(ValueError, match="9 rows or columns can't be split evenly over 2"):
         part_of(Layout.GATE_UP, (9, 4), SHAPE, 2, 0)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_runs_of_rows_are_what_fuse_does(layout: Layout) -> None:
+    """Each row carries its own number."""
+    rows = {Layout.QKV: [8, 4, 4], Layout.GATE_UP: [8, 8], Layout.VOCAB: [5]}.get(layout, [6])
+    tensors = [100 * i + torch.arange(n)[:, None] for i, n in enumerate(rows)]
+    fused = fuse(layout, tensors, SHAPE, tp=1)[:, 0].tolist()
+    found = [0] * len(fused)
+    for run in row_runs(layout, rows, SHAPE):
+        found[run.fused : run.fused + run.rows] = [
+            100 * run.tensor + run.row + i for i in range(run.rows)
+        ]
+    assert found == fused

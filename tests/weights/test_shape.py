@@ -144,7 +144,7 @@ def test_a_sliding_window_bounds_the_length(used: bool, room: int, tmp_path: Pat
 
 
 def test_absent_or_broken_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be the directory of a Hugging Face checkpoint"):
+    with pytest.raises(ConfigError, match="wanted the directory of a Hugging Face checkpoint"):
         ModelShape.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):

@@ -8,9 +8,10 @@ import pytest
 import synthetic
 import torch
 
+from megatron_prime.errors import WeightsError
 from megatron_prime.runtime.compat import before_megatron_import
-from megatron_prime.weights.convert import Options, to_megatron
-from megatron_prime.weights.safetensors_io import WeightsError
+from megatron_prime.weights.convert import to_megatron
+from megatron_prime.weights.convert_plan import Options
 from megatron_prime.weights.shape import ModelShape
 
 before_megatron_import()
@@ -22,7 +23,7 @@ QWEN3 = synthetic.SMALL | {"model_type": "qwen3", "head_dim": 16, "tie_word_embe
 @pytest.mark.parametrize("config", [synthetic.SMALL, QWEN3])
 def test_both_forms_give_the_same_tensors(tmp_path: Path, config: dict) -> None:
     hf = synthetic.make(tmp_path / "hf", config)
-    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_: None)
+    to_megatron(hf, tmp_path / "dist", Options(tp=2), lambda *_, **__: None)
     wanted = dict(source.CheckpointWeights(hf).whole())
     given = source.MegatronWeights(tmp_path / "dist", ModelShape.from_hf(hf))
     found = dict(given.whole())
@@ -35,7 +36,7 @@ def test_both_forms_give_the_same_tensors(tmp_path: Path, config: dict) -> None:
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     hf = synthetic.make(tmp_path / "hf", synthetic.SMALL)
-    to_megatron(hf, tmp_path / "dist", Options(), lambda *_: None)
+    to_megatron(hf, tmp_path / "dist", Options(), lambda *_, **__: None)
     other = synthetic.make(tmp_path / "other", synthetic.SMALL | {"num_hidden_layers": 2})
     with pytest.raises(WeightsError):
         source.MegatronWeights(tmp_path / "dist", ModelShape.from_hf(other))
