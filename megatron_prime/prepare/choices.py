@@ -47,6 +47,10 @@ def open_question(item: Item) -> Item | Dropped:
     options = find_options(item.text)
     letter = _letter(item.ground_truth)
     if options is None:
+        if _names_other_mark(item):
+            return drop(
+                item, "choice", f"the answer {item.ground_truth!r} is the mark of an option"
+            )
         if letter is not None and re.fullmatch(r"\(?[A-E]\)?", _bare(item.ground_truth)):
             return drop(item, "choice", f"the answer is the letter {letter} of no options")
         return item
@@ -78,6 +82,15 @@ def open_question(item: Item) -> Item | Dropped:
         solution=solution,
         reworked="choice_to_open",
     )
+
+
+def _names_other_mark(item: Item) -> bool:
+    """Whether the answer is one of (a) (b) (c) or ① ② ③, and the question has these marks."""
+    answer = _bare(item.ground_truth).strip("()")
+    for marks, style in (("abcdefgh", "({})"), ("abcdefgh", "{})"), ("①②③④⑤⑥⑦⑧", "{}")):
+        if answer and answer in marks and all(style.format(m) in item.text for m in marks[:3]):
+            return True
+    return False
 
 
 def find_options(text: str) -> tuple[str, list[str]] | None:

@@ -15,10 +15,13 @@ from typing import Any
 from megatron_prime.prepare.choices import open_question
 from megatron_prime.prepare.items import Dropped, Item, drop
 from megatron_prime.prepare.text import shorten
+from megatron_prime.verify.math_answer import MAX_ANSWER_LENGTH
 
 _PROOF = re.compile(r"\bprov(?:e|ing)\b|\bshow that\b", re.IGNORECASE)
 _FIGURE = re.compile(
-    r"\bfigures?\b|\bdiagrams?\b|\bpictured\b|\bshown (?:below|above|here)\b"
+    r"(?<!significant )(?<!-)\bfigures?\b|\bdiagrams?\b|\bpictured\b|\bshown (?:below|above|here)\b"
+    r"|\b(?:picture|image|graph|drawing) (?:shown|below|above|at (?:the )?(?:left|right))\b"
+    r"|\bin the (?:picture|image|drawing)\b"
     r"|\\includegraphics|!\[|<image>|\[image\]|\[asy\]|cdn\.mathpix\.com",
     re.IGNORECASE,
 )
@@ -26,6 +29,7 @@ _IMAGE = re.compile(r"\\includegraphics|!\[|<image>|\[image\]|<img\b", re.IGNORE
 _BLANK = re.compile(r"(?:\\?_[\s]?){3,}")
 _YES_NO = frozenset({"yes", "no", "true", "false"})
 _NO_ANSWER = frozenset({"proof", "notfound", "none", "null", "n/a", "see solution"})
+_SAYS_SOMETHING = re.compile(r"[^\W_]|\\\{|∅")
 _FONTS = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}")
 
 
@@ -38,8 +42,12 @@ def _math(item: Item, drop_yes_no: bool) -> Item | Dropped:
     answer = _plain_words(item.ground_truth)
     if answer == "proof" or (found := _PROOF.search(item.text)):
         return drop(item, "proof", "the answer is “proof”" if answer == "proof" else _says(found))
-    if not answer or answer in _NO_ANSWER:
+    if not _SAYS_SOMETHING.search(answer) or answer in _NO_ANSWER:
         return drop(item, "no_gold", f"found the answer {item.ground_truth!r}")
+    if len(item.ground_truth) > MAX_ANSWER_LENGTH:
+        return drop(
+            item, "no_gold", f"an answer of {len(item.ground_truth)} characters, never right"
+        )
     if found := _FIGURE.search(item.text):
         return drop(item, "figure", _says(found))
     if r"\underline{" in item.text:

@@ -42,14 +42,12 @@ def grade(response: str, ground_truth: str) -> float:
     """
     answer = boxed_answer(response)
     truth = ground_truth.strip()
-    if not answer or not truth or len(answer) > MAX_ANSWER_LENGTH:
+    if not answer or not truth or max(len(answer), len(truth)) > MAX_ANSWER_LENGTH:
         return 0.0
     if answer == truth:
         return 1.0
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(truth):
         return float(_integer(answer) == _integer(truth))
-    if len(truth) > MAX_ANSWER_LENGTH:
-        return 0.0
     return float(_equivalent(truth, answer))
 
 

@@ -116,6 +116,9 @@ class _Parser:
             elif self.token == r"\over":
                 self._next()
                 return divide(multiply(*factors), self._product())
+            elif self.token == r"\choose":
+                self._next()
+                return Operation("binom", (multiply(*factors), self._product()))
             elif self._begins_factor():
                 if is_number(self.token) and is_number(self._ahead(-1)):
                     raise UnreadableError("two numbers side by side")
@@ -134,7 +137,7 @@ class _Parser:
             or token.isalpha()
             or token[0] in '"\\'
             or (token in OPENING and token != r"\{")
-        ) and token not in (r"\over", r"\pm", r"\mp", "\\\\")
+        ) and token not in (r"\over", r"\choose", r"\pm", r"\mp", "\\\\")
 
     def _power(self) -> Node:
         node = self._postfix(self._atom())

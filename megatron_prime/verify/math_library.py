@@ -28,8 +28,8 @@ def equivalent(gold: Tokens, answer: Tokens) -> bool:
     """Whether math-verify takes two expressions, of which we could not read one, for equal."""
     if max(len(gold), len(answer)) > MAX_TOKENS or not _SENSIBLE.intersection(gold + answer):
         return False
-    if any(_exponent(side) > MAX_EXPONENT for side in (gold, answer)):
-        return False  # a power of a sum would be multiplied out
+    if any(_exponent(side) > MAX_EXPONENT or _is_tower(side) for side in (gold, answer)):
+        return False  # a power of a sum would be multiplied out, and one of powers written out
     try:
         sides = [_latex(side) for side in (gold, answer)]
     except UnreadableError:
@@ -39,8 +39,10 @@ def equivalent(gold: Tokens, answer: Tokens) -> bool:
     # Its own timeouts are off: they would turn the pool's failures into wrong answers. It warns of
     # that, once.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # The box or nothing: else it looks inside for a fraction that it can read and forgets the rest.
+    config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     found = [
-        parse(rf"\boxed{{{side}}}", [LatexExtractionConfig()], parsing_timeout=None)
+        parse(rf"\boxed{{{side}}}", [config], extraction_mode="first_match", parsing_timeout=None)
         for side in sides
     ]
     parsed = [[one for one in side if not isinstance(one, str)] for side in found]
@@ -56,6 +58,12 @@ def _exponent(tokens: Tokens) -> int:
         if (bracket, sign) == (")", "^") and power.isdigit()
     )
     return max((int(power[:9]) for power in powers), default=0)
+
+
+def _is_tower(tokens: Tokens) -> bool:
+    """Whether a number's power has a power: 9^{9^9}."""
+    written = "".join(token for token in tokens if token not in "{}")
+    return re.search(r"[0-9]\^[0-9]+\^", written) is not None
 
 
 def warm_up() -> None:

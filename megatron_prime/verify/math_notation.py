@@ -91,6 +91,10 @@ _GROUPS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SEPARATOR}\s*\d{{3}})+(?!\d)")
 _COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)(?:\.\d+)?")
 _REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _AND_SO_ON = re.compile(r"(\d*\.\d+)\s*(?:\\(?:ldots|dots|cdots|dotsc)\b|\.\.\.)")
+_INVISIBLE = re.compile(
+    r"\\(?:left|right)\s*\.|\\h?phantom\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}"
+    r"|\\(?:text)?color\s*\{[A-Za-z]*\}"
+)
 _ENDING = re.compile(r"(?:\\[,;:! ]|(?<!\\)[\s.,;~])*\Z")
 _DEGREE = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 _TOKEN = re.compile(
@@ -105,7 +109,8 @@ def tokenize(text: str, thousands: bool = True) -> Tokens:
     r"""The tokens of an answer; UnreadableError if its brackets are nested too deeply."""
     text = re.sub(r"\\\\\s*\[[^\]]*\]", r"\\\\ ", text)  # the distance between two rows
     text = re.sub(r"(?<!\\)(?:\\[\[\]()]|\$)", " ", text).translate(_TO_LATEX).strip()
-    text = re.sub(r"\\(?:left|right)\s*\.|\\h?phantom\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}", "", text)
+    text = _INVISIBLE.sub("", text)
+    text = re.sub(r"\{\s*:\s*\}", ":", text)
     text = _DEGREE.sub("°", text)
     text = _GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _REPEATING.sub(lambda match: f"{match[1] or '0.'}\x00{match[2] or match[3]}\x01", text)

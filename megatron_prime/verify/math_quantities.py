@@ -25,6 +25,11 @@ def same_scalars(gold: Scalar | Unread, answer: Scalar | Unread) -> bool:
         if _too_large(gold) or _too_large(answer):
             return False
         return equivalent(gold.tokens, answer.tokens)
+    if gold.is_percent != answer.is_percent and gold.unit is None and answer.unit is None:
+        # The question says that it wants per cent: 20 is 20 %, and so is 0.2.
+        scale = Fraction(1, 100) if gold.is_percent else Fraction(100)
+        if _same_number(gold.node, multiply(answer.node, Number(scale)), gold.rounding):
+            return True
     if gold.unit is not None and answer.unit is None:
         answer = _with_letter(answer, gold.unit)
     if gold.unit is None or answer.unit is None:
@@ -109,6 +114,10 @@ def same_residues(gold: Value, answer: Value) -> bool:
     golden, given = (one.value if isinstance(one, Residue) else one for one in (gold, answer))
     if not isinstance(golden, Scalar) or not isinstance(given, Scalar):
         return False
+    if isinstance(answer, Residue):
+        rest, modulus = exact(answer.value.node), exact(answer.modulus)
+        if rest is None or modulus is None or not 0 <= rest < modulus:  # 5 mod 3 is no 5
+            return False
     return same_scalars(golden, given)
 
 

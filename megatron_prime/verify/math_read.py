@@ -21,10 +21,11 @@ from megatron_prime.verify.math_notation import (
     tokenize,
     words,
 )
+from megatron_prime.verify.math_numbers import same
 from megatron_prime.verify.math_relations import INEQUALITIES, combined, inequality, interval
 from megatron_prime.verify.math_sets import LINE, Combined, Span
 from megatron_prime.verify.math_single import read_numeral, read_ratio, read_residue, read_scalar
-from megatron_prime.verify.math_tree import Number
+from megatron_prime.verify.math_tree import Number, symbols
 from megatron_prime.verify.math_types import (
     Choice,
     Finite,
@@ -33,6 +34,7 @@ from megatron_prime.verify.math_types import (
     Named,
     Ordered,
     Relation,
+    Scalar,
     Unread,
     Value,
 )
@@ -92,7 +94,19 @@ def _read_choice(tokens: Tokens) -> Value | None:
     rest = rest[1:] if rest[:1] in ((")",), (":",), (".",)) else rest
     if rest and (rest[0] in ("(", "^", "_", "+", "-", "*", "/", "!", "=", *_SEPARATORS)):
         return None
+    if _names_option(rest):  # (A) 12 (B) 13 chooses nothing
+        return None
     return Choice(first, _value(rest) if rest else None)
+
+
+def _names_option(tokens: Tokens) -> bool:
+    """Whether the letter of a choice stands somewhere in `tokens`."""
+    if len(tokens) == 1 and tokens[0] in _LETTERS:
+        return True
+    bracketed = zip(tokens, tokens[1:], tokens[2:], strict=False)
+    return any(map(_OPTION.fullmatch, tokens)) or any(
+        letter in _LETTERS and (opening, end) == ("(", ")") for opening, letter, end in bracketed
+    )
 
 
 def _read_list(tokens: Tokens) -> Value | None:
@@ -100,6 +114,8 @@ def _read_list(tokens: Tokens) -> Value | None:
     kept = [_stripped(part) for part in parts if part]
     if not separators or len(kept) > MAX_ITEMS:
         return None
+    if not kept:
+        raise UnreadableError("separators alone")
     kept = [part for part in kept if not _is_family(part)] or kept
     items: list[Value] = []
     for part in kept:
@@ -119,13 +135,15 @@ def _is_family(part: Tokens) -> bool:
 
 def _read_relation(tokens: Tokens) -> Value | None:
     for arrow in (r"\Rightarrow", r"\implies", r"\Longrightarrow", r"\rightarrow"):
-        if arrow in tokens:
-            return _value(split(tokens, (arrow,))[0][-1])
+        conclusions, arrows = split(tokens, (arrow,))  # none inside of brackets
+        if arrows:
+            return _value(conclusions[-1])
     parts, signs = split(tokens, ("=", r"\in", r"\approx", r"\equiv", r"\neq", *INEQUALITIES))
     if not signs or not all(parts):
         return None
     if signs == [r"\in"]:
-        return _value(parts[1])
+        is_named = any(token.isalpha() or token[0] in '"\\' for token in parts[0])
+        return _value(parts[1]) if is_named else Unread(tokens)
     if signs[-1] == r"\approx":
         exactly = len(parts) > 2 or _name(parts[0]) is None
         return _value(parts[-2] if exactly else parts[-1])
@@ -145,10 +163,24 @@ def _equation(parts: list[Tokens]) -> Value:
         except UnreadableError:
             relation = None
     if name is not None:
+        if any(_contradicts(middle, parts[0], value) for middle in parts[1:-1]):
+            return Unread(tuple(token for part in parts for token in (*part, "="))[:-1])
         return Named(name, _value(value), relation, "+" not in name)
     if relation is None:
         return _value(value) if len(parts) > 2 else Unread((*parts[0], "=", *parts[1]))
     return relation
+
+
+def _contradicts(middle: Tokens, name: Tokens, last: Tokens) -> bool:
+    """Whether `x = middle = last` says two things: x = 7 (not) x = 8, or x = 7 = 8."""
+    if middle[-len(name) :] == name:
+        return True
+    one, other = read_scalar(middle), read_scalar(last)
+    if isinstance(one, Unread):
+        return any(token[0] == '"' for token in middle)
+    if not isinstance(other, Scalar) or symbols(one.node) or one.unit or other.unit:
+        return False
+    return one.rounding is None and other.rounding is None and not same(one.node, other.node)
 
 
 _NAME = re.compile(
@@ -166,6 +198,8 @@ def _name(tokens: Tokens) -> str | None:
     r"""The name of what an equation defines: a variable, f(x), \angle ABC, words, m + n."""
     if all(token[0] == '"' for token in tokens):
         return " ".join(tokens)
+    if tokens[:1] == ("{",) and closes(tokens) == len(tokens) - 1:  # of \mathbf{A}
+        tokens = tokens[1:-1]
     joined = "".join(tokens)
     if len(joined) > 40 or _NO_NAMES.search(joined):
         return None

@@ -9,9 +9,9 @@ from megatron_prime.verify.math_digits import is_number, number
 from megatron_prime.verify.math_exact import TooLargeError
 from megatron_prime.verify.math_expression import parse_expression
 from megatron_prime.verify.math_notation import Tokens, UnreadableError, split
-from megatron_prime.verify.math_tree import Number, multiply
+from megatron_prime.verify.math_tree import Node, Number, multiply
 from megatron_prime.verify.math_types import Numeral, Ratio, Residue, Scalar, Time, Unread, Value
-from megatron_prime.verify.math_units import split_unit
+from megatron_prime.verify.math_units import SCALES, split_unit
 from megatron_prime.verify.math_words import NUMBERS, number_word
 
 _BASES = {name: base for base, name in enumerate(NUMBERS) if base > 1} | {"sixteen": 16}
@@ -24,7 +24,7 @@ def read_ratio(tokens: Tokens) -> Value | None:
     clock = _CLOCK.fullmatch(written)
     if clock and (clock[2] or clock[3]):
         return Time(int(clock[1]), int(clock[2] or 0), clock[3] or "")
-    parts, colons = split(tokens, (":",))
+    parts, colons = split(tokens, (":", '"to'))
     if not colons or len(parts) > 6 or not all(parts):
         return None
     return Ratio(tuple(parse_expression(part) for part in parts))
@@ -58,13 +58,13 @@ def read_numeral(tokens: Tokens) -> Value | None:
         return None
 
 
-def read_scalar(tokens: Tokens) -> Value:
+def read_scalar(tokens: Tokens) -> Scalar | Unread:
     """An expression with its unit."""
     try:
         measured, unit, is_percent = split_unit(tokens)
         if len(measured) == 1 and (word := number_word(measured[0])) is not None:
             return Scalar(Number(Fraction(word)), unit)
-        node = parse_expression(measured)
+        node = _counted(measured)
     except TooLargeError:
         return Unread(tokens, too_large=True)
     except UnreadableError:
@@ -76,7 +76,16 @@ def read_scalar(tokens: Tokens) -> Value:
         unit,
         None if rounding is None else rounding * scale,
         tokens,
+        is_percent,
     )
+
+
+def _counted(tokens: Tokens) -> Node:
+    """An expression, perhaps with `million` behind it."""
+    scale = SCALES.get(tokens[-1].removeprefix('"').lower()) if len(tokens) > 1 else None
+    if scale is None:
+        return parse_expression(tokens)
+    return multiply(parse_expression(tokens[:-1]), Number(Fraction(scale)))
 
 
 def _rounding(tokens: Tokens) -> Fraction | None:

@@ -22,6 +22,7 @@ class Scalar:
     unit: Unit | None = None
     rounding: Fraction | None = None  # a decimal's: what its last digit leaves open; None if exact
     tokens: Tokens = ()
+    is_percent: bool = False  # the node is a hundredth of what is written
 
 
 @dataclass(frozen=True, slots=True)

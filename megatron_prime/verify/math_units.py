@@ -41,7 +41,14 @@ _define("item", dozen="12")
 
 _FUNCTIONS = frozenset(f"\\{name}" for name in FUNCTIONS)
 _IGNORED = words("unit the of a an in linear")
-_FORBIDDEN = words("or and not is are if unless except when where wrong than to but for")
+_FORBIDDEN = words(
+    "or and not is are if unless except when where wrong than to but for no false maybe instead too"
+    " plus minus over negative one two three four five six seven eight nine ten eleven twelve half"
+    " halves third thirds tenth tenths hundredth hundredths thousandth thousandths twelfth twelfths"
+    " hundred thousand million billion trillion factorial inverse root log ln exp sin cos tan mod"
+    " choose pi e i x y z n"
+)
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SQUARES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS = {"squared": 2, "cubed": 3}
 _PLURALS = {"feet": "ft", "inches": "inch", "pennies": "penny", "people": "person"}

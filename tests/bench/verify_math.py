@@ -52,7 +52,7 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {"ours": ours, "math-verify": l
 def pairs() -> list[tuple[str, bool, str, str]]:
     """Class, right or wrong, gold, answer."""
     found = []
-    for name in ("math_pairs.txt", "math_pairs_held_out.txt"):
+    for name in ("math_pairs.txt", "math_pairs_held_out.txt", "math_pairs_review.txt"):
         for line in (ROOT / "tests" / "verify" / name).read_text().splitlines():
             if line and not line.startswith("#"):
                 kind, sign, gold, answer = (field.strip() for field in line.split("¦"))

@@ -22,6 +22,14 @@ from megatron_prime.prepare.rules import screen
         ("no_gold", "Find x.", ""),
         ("no_gold", "Find x.", " $ "),
         ("no_gold", "Find x.", "notfound"),
+        ("no_gold", "Find x.", r"\,"),
+        ("no_gold", "Find x.", "?"),
+        ("no_gold", "Find x.", "1" * 1001),  # the verifier would never say that it is right
+        ("figure", "Find the slope of the line in the graph below.", "2"),
+        ("figure", "How many cubes are in the picture?", "2"),
+        ("choice", "What is 2+3? (a) 4 (b) 5 (c) 6", "b"),
+        ("choice", "What is 2+3? a) 4 b) 5 c) 6", "(c)"),
+        ("choice", "What is 2+3? ① 4 ② 5 ③ 6", "②"),
     ],
 )
 def test_what_falls_to_which_rule(make_item, rule, text, truth):
@@ -55,6 +63,8 @@ def test_the_first_rule_of_the_list_counts(make_item):
         "How much did the store improve its sales?",  # not "prove"
         "A proven method gives x = 5. What is x?",
         "Configure 5 items; how many ways?",  # not "figure"
+        "How many significant figures does 0.0340 have?",
+        "A six-figure sum of 100000 dollars grows by 5%. What is it now?",
         "The answer is ____.",
         r"What is $\overline{AB}$?",
         "Is 7 prime?",

@@ -262,14 +262,14 @@ def peak(model, path, out):
     return int(told.split("peak ")[1]) / 1024
 
 
+@pytest.mark.slow  # 39 s of CPU time
 @pytest.mark.timeout(1800)
 def test_memory_grows_by_hashes_and_not_by_texts(model, tmp_path):
     few = peak(model, synthetic(tmp_path / "few.jsonl", 100), tmp_path / "few")
     path = synthetic(tmp_path / "many.jsonl", 50_000)
     assert path.stat().st_size > 39 << 20
     grown = peak(model, path, tmp_path / "many") - few
-    # 800,000 keys in 2**21 slots of 12 bytes are 24 MiB, and 12 more while it doubles; the texts
-    # alone would be 39
+    # 800,000 keys in 2**21 slots of 12 bytes are 24 MiB, 12 more while it doubles; the texts: 39
     assert 20 < grown < 50
     kept = (tmp_path / "many" / "train.jsonl").read_text().count("\n")
     assert kept == 50_000
