@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = folder / "model"
-    make_data.write_model(directory)
+    make_data.write_model(directory, make_data.CHARACTERS)
     tokenizer = never_ending(directory)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(directory)

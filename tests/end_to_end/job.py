@@ -178,7 +178,7 @@ def conversation_row(question: str, rng: random.Random) -> dict[str, Any]:
 
 def write_shape(quickstart: ModuleType, folder: Path) -> None:
     """The quickstart's tokenizer and a model that is smaller than its."""
-    quickstart.write_model(folder)
+    quickstart.write_model(folder, quickstart.CHARACTERS)
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     config |= {"max_position_embeddings": 64}
