@@ -35,6 +35,7 @@ KNOBS = (  # the quickstart's prime.toml in seconds
     "--evaluate.every=3",
     "--checkpoint.every=2",
 )
+LOOK = "--seconds 200"  # PREFLIGHT of jobs that look at their nodes; Python starts slowly here
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
 
 
@@ -128,6 +129,12 @@ class Submitted:
     @property
     def restarts(self) -> int:
         return int(self.facts()["Restarts"])
+
+    @property
+    def nodes(self) -> list[str]:
+        """Of its last start."""
+        nodes = self.facts()["NodeList"]
+        return self.slurm.command("scontrol", "show", "hostnames", nodes).split()
 
     @property
     def output(self) -> str:

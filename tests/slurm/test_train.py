@@ -9,7 +9,7 @@ import re
 
 from job import Job
 from same_run import assert_same
-from slurm_client import KNOBS, SBATCH, STEPS, Slurm, ranks_of
+from slurm_client import KNOBS, LOOK, SBATCH, STEPS, Slurm, ranks_of
 
 
 def test_requeued_twice_killed_once_and_the_same_in_the_end(
@@ -31,8 +31,12 @@ def test_requeued_twice_killed_once_and_the_same_in_the_end(
     assert "ended because rank 3 on " in first.output
     assert "exit code 137: killed, most often out of memory: submit again" in first.output
     assert ranks_of(run) == {}
-    second = slurm.submit(SBATCH, *KNOBS, RUN=run, **variables)
+    second = slurm.submit(SBATCH, *KNOBS, RUN=run, PREFLIGHT=LOOK, **variables)
     assert second.wait("COMPLETED")["ExitCode"] == "0:0", second.story()
+    rows = re.findall(r"^(n\d+) +(\d–\d) +A +CPU .* shared .* ok ", second.output, re.MULTILINE)
+    assert [ranks for _, ranks in rows] == ["0–1", "2–3"], "the look at the nodes first"
+    assert [node for node, _ in rows] == second.nodes, "by Slurm's names"
+    assert "[preflight] go: " in second.output
     starts = [int(n) for n in re.findall(r"requeued (\d+) times", first.output + second.output)]
     assert starts == [0, 1, 2, 0]
     said = (run / "logs/latest/rank_00000.txt").read_text()

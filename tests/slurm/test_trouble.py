@@ -104,7 +104,7 @@ def test_a_killed_slurmd(
     run = job.run("slurmd")
     found = slurm.submit(SBATCH, *KNOBS, "--run.lost_after_s=600", RUN=run, **variables)
     found.wait_for_step(run, 3)
-    second = nodes_of(slurm, found)[1]
+    second = found.nodes[1]
     slurm.kill_slurmd(second)
     with frozen(run):
         found.wait_until(lambda: "Node failure" in found.output, "missed by Slurm")
@@ -120,7 +120,7 @@ def test_a_lost_node(
     run = job.run("node")
     found = slurm.submit(SBATCH, *KNOBS, RUN=run, **variables)
     found.wait_for_step(run, 3)
-    second, ranks = nodes_of(slurm, found)[1], ranks_of(run)
+    second, ranks = found.nodes[1], ranks_of(run)
     slurm.kill_slurmd(second)
     for process in [ranks[2].parent(), ranks[3].parent(), ranks[2], ranks[3]]:
         if process is not None and process.is_running():
@@ -129,16 +129,12 @@ def test_a_lost_node(
     assert_same(job, undisturbed, "node")
 
 
-def nodes_of(slurm: Slurm, found: Submitted) -> list[str]:
-    return slurm.command("scontrol", "show", "hostnames", found.facts()["NodeList"]).split()
-
-
 def assert_goes_on_elsewhere(slurm: Slurm, found: Submitted, lost: str) -> None:
     """Slurm requeues the job, a spare node takes the lost one's place, and it comes back."""
     try:
         found.wait_for_requeue(1)
         assert found.wait("COMPLETED")["ExitCode"] == "0:0"
-        assert lost not in nodes_of(slurm, found)
+        assert lost not in found.nodes
     finally:
         slurm.start_slurmd(lost)
         found.wait_until(lambda: slurm.node_states()[lost] == "idle", "back")
