@@ -17,7 +17,7 @@ NAME = next(iter(MODELS))
 SRUN = """#!/usr/bin/env bash
 case " $* " in *' megatron_prime preflight '*)
   printf '%s\\n' "$@" > "$FAKE/preflight"
-  trap 'echo USR1 >> "$FAKE/signals"; exit 75' USR1
+  trap 'echo USR1 >> "$FAKE/signals"; exit "${LOOKED:-75}"' USR1
   if [ "$REFUSAL" = wait ]; then for _ in {1..1200}; do sleep 0.05; done; fi
   exit "$REFUSAL" ;;
 esac

@@ -87,8 +87,10 @@ def test_the_look_has_options_and_can_be_left_out(cluster: Cluster) -> None:
     assert cluster.said("srun")
 
 
-def test_a_signal_during_the_look_requeues(cluster: Cluster) -> None:
-    job = cluster.submit(NAMES[0], REFUSAL="wait")
+@pytest.mark.parametrize("looked", ["75", "0"])
+def test_a_signal_during_the_look_requeues(looked: str, cluster: Cluster) -> None:
+    """Also one that comes when the look is over, and training would begin."""
+    job = cluster.submit(NAMES[0], REFUSAL="wait", LOOKED=looked)
     patience = time.monotonic() + 30
     while not cluster.said("preflight"):
         assert time.monotonic() < patience
