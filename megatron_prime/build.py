@@ -24,6 +24,7 @@ from megatron_prime.config import (
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
+from megatron_prime.data.steps import step_reader
 from megatron_prime.devices import limits_of, models_on
 from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
@@ -93,6 +94,7 @@ def train(config: RunConfig, launch: Launch) -> None:
             recorder=recorder,
             checkpoints=checkpoints,
             signals=launch.signals,
+            steps=step_reader(config.advantage, tokenizer),
             eval_prompts=eval_prompts(config, tokenizer),
             eval_sets=eval_sets(config, tokenizer),
         )

@@ -28,7 +28,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
         scored = score(roles, t.RolloutBatch.from_groups(groups, config.rollout.keep_partial))
         process_rewards, prm_metrics = learn_process_rewards(config, roles, scored)
-        batch = with_advantages(config, scored, process_rewards)
+        batch = with_advantages(config, roles, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
             update = roles.policy.update(batch)
         sync_weights(roles)
@@ -101,13 +101,12 @@ def learn_process_rewards(
 
 
 def with_advantages(
-    config: RunConfig, scored: t.ScoredBatch, process_rewards: Tensor | None
+    config: RunConfig, roles: Roles, scored: t.ScoredBatch, process_rewards: Tensor | None
 ) -> t.TrainBatch:
-    """Leave-one-out advantages of both rewards, on the whole batch, alike on every rank."""
+    """Advantages of both rewards, added; on the whole batch, alike on every rank."""
     rows = scored.rollouts
-    advantages = prime_advantages(
-        process_rewards, rows.outcome_rewards, rows.response_mask, rows.group_size, config.advantage
-    )
+    given = (process_rewards, rows.outcome_rewards, rows.response_mask, rows.group_size)
+    advantages = prime_advantages(*given, config.advantage, roles.steps.step_ends(rows))
     return t.TrainBatch(scored, process_rewards, advantages)
 
 

@@ -32,10 +32,20 @@ class Section(BaseModel):
 class AdvantageOptions(Section):
     """Token advantages from process and outcome rewards; formulae in `algorithm/advantage.py`."""
 
-    estimator: Literal["rloo"] = "rloo"
-    """Baseline of the advantage: `rloo`, leave-one-out within the group."""
+    estimator: Literal["rloo", "grpo", "reinforce", "prime_value"] = "rloo"
+    """What rewards are compared with: `rloo`, the group's other responses; `grpo`, the whole
+    group's mean, over its standard deviation (`group_std`); `reinforce`, nothing; `prime_value`,
+    nothing, but process rewards up to the token are taken off as the value of what precedes it."""
+    group_std: bool = True
+    """Of `grpo`: divide by the standard deviation within the group; false leaves it out."""
+    granularity: Literal["token", "step", "response"] = "token"
+    """Where process rewards stand: at each `token`; their sum over a step at the step's last token;
+    or their sum over the `response` at its last token."""
+    step_separator: Annotated[str, Field(min_length=1)] = "\n\n"
+    """Of `granularity = "step"`: the text that ends a step; the response's last token ends one,
+    too."""
     process_baseline: Literal["released", "paper"] = "released"
-    """Leave-one-out of process rewards: `released` (as in the authors' code,
+    """Of `rloo`, leave-one-out of process rewards: `released` (as in the authors' code,
     K/(K-1) r_t - sum of means/(K-1)) or `paper` (r_t minus the mean of the other responses' mean
     rewards)."""
     process_norm: Literal["batch_norm", "none"] = "batch_norm"

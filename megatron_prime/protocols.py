@@ -101,6 +101,12 @@ class Ranks(Protocol):
     ) -> list[VerifiedGroup]: ...
 
 
+class StepReader(Protocol):
+    """Knows where the steps of a response end."""
+
+    def step_ends(self, batch: RolloutBatch) -> Tensor | None: ...  # bool [N, T]; None: not asked
+
+
 class ScoringModel(Protocol):
     """A model that gives log-probs, without gradients."""
 
@@ -182,11 +188,12 @@ class Roles:
     verifier: Verifier
     ranks: Ranks
     policy: Policy
-    prm: ProcessRewardModel | None  # None: outcome-only RLOO
+    prm: ProcessRewardModel | None  # None: trained on the outcome alone
     reference: ScoringModel | None  # None: nobody needs reference log-probs
     gpus: Scheduler
     recorder: Recorder
     checkpoints: Checkpoints
     signals: StopSignals
+    steps: StepReader
     eval_prompts: Sequence[Prompt] = ()
     eval_sets: Sequence[EvalSet] = ()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import evaluate_rules, precision_rules, rollout_rules
+from megatron_prime import algorithm_rules, evaluate_rules, precision_rules, rollout_rules
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
@@ -52,7 +52,6 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
 
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    rollout, window = config.rollout, config.filter
     roles = models_of(config, "train")
     of_prm_alone: tuple[ModelName, ...] = ("prm",) if config.prm.hf is not None else ()
     shared = [role for role in roles if role not in of_prm_alone]
@@ -68,21 +67,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield from _file("data.eval", config.data.eval)
     yield from evaluate_rules.problems(config, _model)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
-    if config.advantage.estimator == "rloo" and rollout.group_size < 2:
-        yield (
-            f"rollout.group_size: found {rollout.group_size}, wanted 2 or more: "
-            'advantage.estimator = "rloo" compares a response with the others of its prompt'
-        )
-    if window.min_accuracy > window.max_accuracy:
-        yield (
-            f"filter.min_accuracy: found {window.min_accuracy}, above filter.max_accuracy = "
-            f"{window.max_accuracy}: no prompt could pass; lower it"
-        )
-    if not (config.advantage.process_weight or config.advantage.outcome_weight):
-        yield (
-            "advantage.process_weight, advantage.outcome_weight: found 0 for both, wanted one "
-            "above 0: all advantages would be 0"
-        )
+    yield from algorithm_rules.problems(config)
     yield from rollout_rules.problems(config)
     if config.debug.rollouts_from is None:
         yield from _engine(config, world_size)

@@ -111,6 +111,10 @@ class Fake:
     def save(self, state: LoopState) -> None:
         self.saved.append(state)
 
+    # StepReader
+    def step_ends(self, batch: RolloutBatch) -> torch.Tensor | None:
+        return None
+
     # StopSignals
     def asked(self) -> str | None:
         return next(self.asked_to_end)
@@ -214,6 +218,7 @@ def play(
         recorder=fake,
         checkpoints=fake,
         signals=fake,
+        steps=fake,
         eval_prompts=(Prompt(99, (1,), "4", "math", "fake"),),
         eval_sets=eval_sets,
     )

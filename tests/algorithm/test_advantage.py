@@ -21,11 +21,12 @@ def change(options, **changes):
     return options.model_copy(update=changes)
 
 
-def advantages(vectors, options, beta=None, rewards=None):
+def advantages(vectors, options, beta=None, rewards=None, step_ends=None):
     if rewards is None:
         beta = vectors.beta if beta is None else beta
         rewards = implicit_rewards(vectors.prm, vectors.ref, vectors.mask, beta)
-    return prime_advantages(rewards, vectors.outcomes, vectors.mask, vectors.group_size, options)
+    given = (rewards, vectors.outcomes, vectors.mask, vectors.group_size)
+    return prime_advantages(*given, options, step_ends)
 
 
 def close(found, wanted, atol=1e-10):

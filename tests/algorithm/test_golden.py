@@ -17,7 +17,9 @@ def generator():
     spec = importlib.util.spec_from_file_location("vectors", FOLDER / "make_prime_vectors.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield module
 
 
 def test_the_golden_file_is_what_the_generator_computes(generator, capsys):

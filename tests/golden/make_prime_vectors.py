@@ -250,8 +250,11 @@ def windows():
 
 
 def expected(inputs):
+    from variants import estimators  # beside this file
+
     batch = Batch(inputs)
     values = prm(batch) | advantages(batch) | mismatch(batch) | returns(batch) | windows()
+    values |= estimators(batch)
     return values | policy(batch, values["rloo.released.advantage"])
 
 
