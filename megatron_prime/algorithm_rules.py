@@ -81,3 +81,8 @@ def _filter(config: RunConfig) -> Iterator[str]:
             f"[{window.min_accuracy}, {window.max_accuracy}] with rollout.group_size = 1, whose "
             "accuracy is 0 or 1: no wrong and no right response could pass; set them to 0 and 1"
         )
+    if config.rollout.group_size == 1 and window.zero_variance == "drop":
+        yield (
+            'filter.zero_variance: found "drop" with rollout.group_size = 1: a single response '
+            'has no variance, and no prompt could pass; set it to "keep"'
+        )

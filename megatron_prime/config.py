@@ -141,12 +141,17 @@ class DataSection(Section):
 
 
 class FilterSection(Section):
-    """Which prompts train, by the accuracy of their group."""
+    """Which prompts train; a window of [0, 1] and `keep` twice let all pass."""
 
     min_accuracy: Fraction = 0.2
     """Drop prompts the policy solves less often than this; inclusive."""
     max_accuracy: Fraction = 0.8
     """Drop prompts the policy solves more often than this; inclusive."""
+    zero_variance: Literal["keep", "drop"] = "keep"
+    """Prompts whose responses all earned the same: of right and wrong answers the window's ends
+    drop them, but not of partly right ones."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """Prompts with a response that was cut at `rollout.max_response_length`."""
 
 
 class VerifySection(Section):

@@ -5,11 +5,13 @@ Pure functions, computed alike on every rank. `loop.py` merges what they return 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from megatron_prime.algorithm import metrics
+from megatron_prime.algorithm.filtering import why_not
 from megatron_prime.algorithm.masked import masked_sum
 from megatron_prime.config import RunConfig
 from megatron_prime.types import (
@@ -124,13 +126,17 @@ def explain_unfilled(
 ) -> str:
     """What to tell someone whose prompts are all too easy or too hard."""
     window, accuracies = config.filter, [group.accuracy for group in seen]
-    easy = sum(accuracy > window.max_accuracy for accuracy in accuracies)
-    hard = sum(accuracy < window.min_accuracy for accuracy in accuracies)
+    reasons = Counter(why_not(group, window) for group in seen)
+    lost = f"{reasons['hard']} were too hard and {reasons['easy']} too easy"
+    if reasons["zero_variance"]:
+        lost += f", {reasons['zero_variance']} without variance (filter.zero_variance)"
+    if reasons["truncated"]:
+        lost += f", {reasons['truncated']} with a truncated response (filter.truncated)"
     return (
         f"step {step}: only {len(kept)} of {config.rollout.prompts_per_step} prompts passed the "
         f"accuracy window [{window.min_accuracy}, {window.max_accuracy}] in "
-        f"{config.rollout.max_rounds} rounds: of {len(seen)} prompts, {hard} were too hard and "
-        f"{easy} too easy (mean accuracy {sum(accuracies) / len(accuracies):.3f}). "
+        f"{config.rollout.max_rounds} rounds: of {len(seen)} prompts, {lost} "
+        f"(mean accuracy {sum(accuracies) / len(accuracies):.3f}). "
         "Widen the window (filter.min_accuracy, filter.max_accuracy), allow more rounds "
         "(rollout.max_rounds), or bring data nearer to what the policy can do"
     )

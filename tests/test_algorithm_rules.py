@@ -84,3 +84,12 @@ def test_one_response_to_a_prompt_needs_a_window_that_is_open(estimator):
     (problem,) = found(**run)
     assert problem.startswith("filter.min_accuracy, filter.max_accuracy: found [0.2, 0.8] with")
     assert found(**run, filter={"min_accuracy": 0.0, "max_accuracy": 1.0}) == []
+
+
+def test_one_response_has_no_variance():
+    (problem,) = found(
+        advantage={"estimator": "reinforce"},
+        rollout={"group_size": 1},
+        filter={"min_accuracy": 0.0, "max_accuracy": 1.0, "zero_variance": "drop"},
+    )
+    assert problem.startswith('filter.zero_variance: found "drop" with rollout.group_size = 1')

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prime.algorithm.filtering import passes, within_accuracy_window
+from megatron_prime.algorithm.filtering import passes, why_not, within_accuracy_window
 from megatron_prime.config import FilterSection
 from megatron_prime.types import Prompt, Rollout, VerifiedGroup
 
@@ -68,3 +68,52 @@ def test_a_group_passes_by_the_share_of_its_right_answers(low, high, kept):
     prompt = Prompt(1, (2,), "4", "math", "test")
     group = VerifiedGroup(prompt, (rollout,) * 4, (1.0, 0.0, 1.0, 1.0), 0)
     assert passes(group, FilterSection(min_accuracy=low, max_accuracy=high)) is kept
+
+
+def group_of(outcomes, cut=0):
+    """A group whose first `cut` responses were cut."""
+    prompt = Prompt(1, (2,), "4", "math", "test")
+    rollouts = tuple(
+        Rollout((3,), (-0.5,), "length" if i < cut else "stop", 0, "") for i in range(len(outcomes))
+    )
+    return VerifiedGroup(prompt, rollouts, tuple(outcomes), 0)
+
+
+OPEN = FilterSection(min_accuracy=0.0, max_accuracy=1.0)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "kept"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], False),  # inside the window, and nothing to learn from
+        ([0.5, 0.5, 0.5, 0.6], True),
+        ([1.0, 0.0, 1.0, 1.0], True),
+        ([0.0, 0.0], False),
+        ([1.0, 1.0], False),
+    ],
+)
+def test_groups_without_variance(outcomes, kept):
+    group = group_of(outcomes)
+    assert passes(group, OPEN)
+    assert passes(group, OPEN.model_copy(update={"zero_variance": "drop"})) is kept
+
+
+@pytest.mark.parametrize(("cut", "kept"), [(0, True), (1, False), (4, False)])
+def test_groups_with_a_truncated_response(cut, kept):
+    group = group_of([1.0, 0.0, 1.0, 0.0], cut)
+    assert passes(group, FilterSection())
+    assert passes(group, FilterSection(truncated="drop")) is kept
+
+
+def test_the_first_reason_counts():
+    every = FilterSection(zero_variance="drop", truncated="drop")
+    assert why_not(group_of([0.0, 0.0], cut=1), every) == "hard"
+    assert why_not(group_of([1.0, 1.0], cut=1), every) == "easy"
+    assert why_not(group_of([0.5, 0.5], cut=1), every) == "zero_variance"
+    assert why_not(group_of([0.0, 1.0], cut=1), every) == "truncated"
+    assert why_not(group_of([0.0, 1.0]), every) is None
+
+
+def test_a_window_of_everything_lets_everything_pass():
+    for outcomes in ([0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [0.0, 1.0]):
+        assert passes(group_of(outcomes, cut=2), OPEN)
