@@ -18,6 +18,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _estimator(config)
     yield from _granularity(config)
     yield from _filter(config)
+    yield from _policy_loss(config)
 
 
 def _estimator(config: RunConfig) -> Iterator[str]:
@@ -85,4 +86,28 @@ def _filter(config: RunConfig) -> Iterator[str]:
         yield (
             'filter.zero_variance: found "drop" with rollout.group_size = 1: a single response '
             'has no variance, and no prompt could pass; set it to "keep"'
+        )
+
+
+def _policy_loss(config: RunConfig) -> Iterator[str]:
+    loss = config.policy.loss
+    high = loss.clip if loss.clip_high is None else loss.clip_high
+    if loss.dual_clip is not None and loss.dual_clip <= 1 + high:
+        yield (
+            f"policy.loss.dual_clip: found {loss.dual_clip:g}, wanted more than 1 + "
+            f"{high:g} = {1 + high:g}: bad tokens would lose their gradient before good ones do; "
+            "3 is usual"
+        )
+    if not loss.kl_coefficient:
+        return
+    if not config.uses_prm:
+        yield (
+            f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with "
+            "advantage.process_weight = 0: the reference is loaded for the PRM alone; set it to 0"
+        )
+    if config.rollout.temperature != 1:
+        yield (
+            f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with rollout.temperature = "
+            f"{config.rollout.temperature:g}: the reference's log-probs are of temperature 1, and "
+            "the policy's are not; set one of them to 0 or 1"
         )

@@ -79,11 +79,22 @@ class PolicyLossOptions(Section):
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Ratios outside [1 - clip, 1 + clip] get no gradient in the direction that leads further
     out."""
+    clip_high: PositiveFloat | None = None
+    """Distance of the upper end, 1 + clip_high, if it is another than the lower one's; not set:
+    `clip`."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip: where the advantage A is negative, the loss is at most -dual_clip * A, so that a
+    ratio above it has no gradient; not set: no such end."""
     aggregation: Literal["seq_mean_token_mean", "token_mean"] = "seq_mean_token_mean"
     """Mean over responses of each response's token mean (the released run), or one mean over all
     tokens."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus (released run: 0)."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the reference, the PRM's, in the loss (released run: 0)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How each token estimates it, with d = log(policy / reference): `k1`, d times the ratio, `k2`,
+    d²/2, or `k3`, exp(-d) - 1 + d; their gradients differ, see `algorithm/policy_loss.py`."""
     importance: Literal["none", "token", "sequence"] = "none"
     """Truncated importance weights for what the rollout engine's numerics differ from the
     trainer's: of each `token`, or of a whole response, the product of its tokens' (`sequence`)."""

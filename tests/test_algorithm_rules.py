@@ -58,6 +58,22 @@ def test_prime_as_value_model_goes_with_both_presets(preset, granularity):
             'advantage.granularity: found "response" with advantage.estimator = "prime_value"',
         ),
         (
+            {"policy": {"loss": {"dual_clip": 1.2}}},
+            "policy.loss.dual_clip: found 1.2, wanted more than 1 + 0.2 = 1.2",
+        ),
+        (
+            {"policy": {"loss": {"dual_clip": 1.25, "clip_high": 0.28}}},
+            "policy.loss.dual_clip: found 1.25, wanted more than 1 + 0.28 = 1.28",
+        ),
+        (
+            {"policy": {"loss": {"kl_coefficient": 0.1}}, "rollout": {"temperature": 0.7}},
+            "policy.loss.kl_coefficient: found 0.1 with rollout.temperature = 0.7",
+        ),
+        (
+            {"policy": {"loss": {"kl_coefficient": 0.1}}, "advantage": {"process_weight": 0.0}},
+            "policy.loss.kl_coefficient: found 0.1 with advantage.process_weight = 0",
+        ),
+        (
             {"filter": {"min_accuracy": 0.9}},
             "filter.min_accuracy: found 0.9, above filter.max_accuracy = 0.8",
         ),

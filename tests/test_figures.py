@@ -203,3 +203,13 @@ def test_who_can_not_fill_a_batch_is_told_why_and_the_window_is_inclusive() -> N
     )
     for knob in ("filter.min_accuracy", "filter.max_accuracy", "rollout.max_rounds"):
         assert knob in message
+
+
+def test_what_other_filters_took_is_told_with_their_knobs() -> None:
+    knobs = config(filter={"zero_variance": "drop", "truncated": "drop"})
+    cut = group([1, 0, 0, 0], [1] * 4, cut=1)
+    message = figures.explain_unfilled(knobs, 7, [EASY], [EASY, HARD, EVEN, cut, cut])
+    assert (
+        "of 5 prompts, 1 were too hard and 0 too easy, 1 without variance (filter.zero_variance), "
+        "2 with a truncated response (filter.truncated) (mean accuracy"
+    ) in message

@@ -19,7 +19,7 @@ from megatron_prime.algorithm.masked import (
     masked_variance,
     zero_padding,
 )
-from megatron_prime.algorithm.policy_loss import surrogate_losses
+from megatron_prime.algorithm.policy_loss import kl_penalties, surrogate_losses
 from megatron_prime.config import PolicyLossOptions
 
 
@@ -56,18 +56,18 @@ def policy_metrics(
 ) -> dict[str, float]:
     """How far the policy has moved from the one that sampled; inputs as in `clipped_policy_loss`.
 
-    `clip_fraction`: share of tokens whose clipped loss is the larger. `approx_kl`: token mean of
+    `clip_fraction`: share of tokens whose loss is a clipped one. `approx_kl`: token mean of
     old_logprobs - logprobs, the k1 estimate of KL(old || new) in nats, negative at times.
     `ratio_max`: the largest new / old probability of a token. Raises ValueError for shapes that
     differ and empty responses.
     """
     check_tokens(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    unclipped, clipped = surrogate_losses(
-        logprobs.detach(), old_logprobs, advantages, response_mask, options.clip
+    unclipped, losses = surrogate_losses(
+        logprobs.detach(), old_logprobs, advantages, response_mask, options
     )
     log_ratio = _difference(logprobs, old_logprobs, response_mask)
     return {
-        "clip_fraction": float(masked_mean(clipped > unclipped, response_mask)),
+        "clip_fraction": float(masked_mean(losses != unclipped, response_mask)),
         "approx_kl": float(masked_mean(-log_ratio, response_mask)),
         "ratio_max": float(log_ratio[response_mask].max().exp()),
     }
@@ -89,6 +89,15 @@ def mismatch_kl(
         "mismatch_kl": float(masked_mean(gap.expm1() - gap, response_mask)),
         "mismatch_max": float(gap.abs().max()),
     }
+
+
+def ref_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> dict[str, float]:
+    """`ref_kl`: token mean of the k3 estimate of KL(policy || reference) in nats; inputs [N, T].
+
+    Raises ValueError for shapes that differ and empty responses.
+    """
+    penalties = kl_penalties(logprobs.detach(), ref_logprobs, logprobs, response_mask, "k3")
+    return {"ref_kl": float(masked_mean(penalties, response_mask))}
 
 
 def return_metrics(

@@ -18,7 +18,12 @@ from megatron_prime.models.engine import Forward
 from megatron_prime.models.training import StepResult
 from megatron_prime.types import Metrics, RolloutBatch
 
-_TOKEN_MEANS = ("/clip_fraction", "/approx_kl", "/entropy")  # other figures are of rollouts
+_TOKEN_MEANS = (
+    "/clip_fraction",
+    "/approx_kl",
+    "/ref_kl",
+    "/entropy",
+)  # other figures are of rollouts
 
 
 @dataclass(frozen=True, slots=True)

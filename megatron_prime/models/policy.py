@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_prime.algorithm.importance import importance_metrics, importance_weights
-from megatron_prime.algorithm.metrics import policy_metrics
-from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss
+from megatron_prime.algorithm.metrics import policy_metrics, ref_kl
+from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss, kl_penalties
 from megatron_prime.config import PolicySection
 from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
@@ -93,7 +93,7 @@ class MegatronPolicy:
         return partial(self._loss, batch, part)
 
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
-        """This micro-batch's share of the mini-batch's clipped loss, less the entropy bonus."""
+        """This micro-batch's share of the mini-batch's loss: clipped, less entropy, plus KL."""
         options, rollouts = self.knobs.loss, batch.scored.rollouts
         advantages, mask, of_engine = part.cut(
             forward, batch.advantages, rollouts.response_mask, rollouts.rollout_logprobs
@@ -109,6 +109,10 @@ class MegatronPolicy:
         if options.entropy_coefficient:
             entropy = aggregate(forward.entropy, mask, options.aggregation)
             loss = loss - options.entropy_coefficient * entropy
+        if options.kl_coefficient:
+            (ref,) = part.cut(forward, reference_of(batch))
+            penalties = kl_penalties(forward.logprobs, ref, start, mask, options.kl_estimator)
+            loss = loss + options.kl_coefficient * aggregate(penalties, mask, options.aggregation)
         return loss * part.share(mask, options.aggregation)
 
     def _metrics(self, batch: TrainBatch, rows: Tensor, step: StepResult) -> Metrics:
@@ -118,6 +122,8 @@ class MegatronPolicy:
         if self.knobs.old_logprobs == "rollout":
             start = rollouts.rollout_logprobs[rows]
         moved = policy_metrics(logprobs, start, advantages, mask, self.knobs.loss)
+        if self.knobs.loss.kl_coefficient:
+            moved |= ref_kl(logprobs, reference_of(batch)[rows], mask)
         return {f"policy/{name}": value for name, value in moved.items()} | {
             "policy/loss": step.loss,
             "policy/grad_norm": step.grad_norm,
@@ -140,3 +146,9 @@ class MegatronPolicy:
     def weights(self) -> LiveWeights:
         """The live parameters, for a rollout engine to take."""
         return LiveWeights(self.engine.modules, self.engine.shape)
+
+
+def reference_of(batch: TrainBatch) -> Tensor:
+    """The reference's log-probs, for a loss that has them: float32 [N, T]."""
+    assert batch.scored.ref_logprobs is not None, "a KL divergence needs reference log-probs"
+    return batch.scored.ref_logprobs

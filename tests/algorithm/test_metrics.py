@@ -11,6 +11,7 @@ from megatron_prime.algorithm.metrics import (
     mismatch_kl,
     pair_accuracy,
     policy_metrics,
+    ref_kl,
     return_metrics,
 )
 from megatron_prime.config import PolicyLossOptions
@@ -159,3 +160,22 @@ def test_metrics_refuse_shapes_that_differ(golden):
         return_metrics(short, golden.outcomes, golden.mask, gamma=1.0)
     with pytest.raises(ValueError, match="outcome_rewards: found shape"):
         return_metrics(None, golden.outcomes[:4], golden.mask, gamma=1.0)
+
+
+def test_kl_from_the_reference(golden):
+    found = ref_kl(golden.new, golden.ref, golden.mask)
+    assert found == {"ref_kl": pytest.approx(float(golden["kl.k3"].sum() / golden.mask.sum()))}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("asymmetric", PolicyLossOptions(clip_high=0.05)),
+        ("dual", PolicyLossOptions(dual_clip=1.1)),
+        ("asymmetric_dual", PolicyLossOptions(clip=0.3, clip_high=0.1, dual_clip=1.15)),
+    ],
+)
+def test_every_clipped_token_counts(golden, name, options):
+    weights = golden["rloo.released.advantage"]
+    found = policy_metrics(golden.new, golden.old, weights, golden.mask, options)
+    assert found["clip_fraction"] == pytest.approx(golden.raw(f"ppo.{name}.clipfrac"))

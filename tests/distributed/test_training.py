@@ -25,6 +25,9 @@ ROWS, GROUP, UPDATES = 24, 4, 2
 AGGREGATION = {"tied": "token_mean", "untied": "seq_mean_token_mean", "qwen3": "token_mean"}
 IMPORTANCE = {"tied": "none", "untied": "sequence", "qwen3": "token"}
 OLD = {"tied": "rollout", "untied": "trainer", "qwen3": "trainer"}
+KL = {"tied": "k3", "untied": "k1", "qwen3": "k2"}
+CLIP_HIGH = {"tied": None, "untied": 0.02, "qwen3": 0.1}
+DUAL_CLIP = {"tied": 1.6, "untied": None, "qwen3": 1.15}
 CAP = 1.2
 
 
@@ -62,7 +65,11 @@ def make_job() -> dict[str, Any]:
                 "old_logprobs": OLD[name],
                 "loss": {
                     "clip": 0.05 if OLD[name] == "trainer" else 0.5,
+                    "clip_high": CLIP_HIGH[name],
+                    "dual_clip": DUAL_CLIP[name],
                     "entropy_coefficient": 0.1,
+                    "kl_coefficient": 0.2,
+                    "kl_estimator": KL[name],
                     "aggregation": aggregation,
                     "importance": IMPORTANCE[name],
                     "importance_cap": CAP,
@@ -163,10 +170,17 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
                 logprobs, entropy = policy.forward(*sequences[row])
                 ratio = (logprobs - begun[row]).exp()
                 advantage = job["advantages"][row, : len(ratio)]
-                low, high = 1 - knobs["clip"], 1 + knobs["clip"]
+                low, high = 1 - knobs["clip"], 1 + (knobs["clip_high"] or knobs["clip"])
                 surrogate = torch.minimum(advantage * ratio, advantage * ratio.clamp(low, high))
+                bound = (knobs["dual_clip"] or math.inf) * advantage
+                surrogate = torch.where(advantage < 0, surrogate.maximum(bound), surrogate)
                 surrogate = weights[row] * surrogate
-                terms.append(-surrogate - knobs["entropy_coefficient"] * entropy)
+                apart = logprobs - ref[row]
+                divergence = {"k1": ratio * apart, "k2": apart**2 / 2}.get(
+                    knobs["kl_estimator"], 1 / apart.exp() - 1 + apart
+                )
+                extra = knobs["kl_coefficient"] * divergence
+                terms.append(extra - surrogate - knobs["entropy_coefficient"] * entropy)
             if knobs["aggregation"] == "token_mean":
                 loss = torch.cat(terms).mean()
             else:

@@ -144,7 +144,8 @@ def first_update(policy: MegatronPolicy, job: dict[str, Any], score_all: bool) -
     if score_all:
         everyone = torch.arange(len(rollouts.sequences))
         old = OldLogprobs.scored(rollouts, everyone, policy.logprobs(rollouts))
-    update = policy.update(TrainBatch(ScoredBatch(rollouts, old, None), None, job["advantages"]))
+    scored = ScoredBatch(rollouts, old, rollouts.rollout_logprobs)  # any reference will do
+    update = policy.update(TrainBatch(scored, None, job["advantages"]))
     weights = dict(gather_hf_tensors(policy.engine.modules, policy.engine.shape))
     return {"weights": weights, "old": update.old_logprobs, "metrics": update.metrics}
 

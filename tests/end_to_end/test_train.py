@@ -35,10 +35,10 @@ def documented() -> Iterator[str]:
 
 
 def seen_elsewhere(name: str) -> bool:
-    """Of overflows, skipped NaNs and weights, in test_fp16.py and test_training.py; of servers, in
-    tests/sglang/test_run.py."""
+    """Of overflows, skipped NaNs, weights and KL, in test_fp16.py and test_training.py; of servers,
+    in tests/sglang/test_run.py."""
     of_servers = ("/server_restarts", "/repeated_syncs", "/continued_tokens")
-    rare = ("/loss_scale", "/skipped_steps", "/not_finite_steps")
+    rare = ("/ref_kl", "/loss_scale", "/skipped_steps", "/not_finite_steps")
     return "/importance" in name or name.endswith(rare + of_servers)
 
 

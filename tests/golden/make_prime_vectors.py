@@ -250,12 +250,13 @@ def windows():
 
 
 def expected(inputs):
-    from variants import estimators  # beside this file
+    from variants import estimators, policy_losses  # beside this file
 
     batch = Batch(inputs)
     values = prm(batch) | advantages(batch) | mismatch(batch) | returns(batch) | windows()
     values |= estimators(batch)
-    return values | policy(batch, values["rloo.released.advantage"])
+    weights = values["rloo.released.advantage"]
+    return values | policy(batch, weights) | policy_losses(batch, weights)
 
 
 def differs(found, wanted, tolerance=1e-12):

@@ -134,3 +134,53 @@ def left_out(batch):
 def values_taken_off(batch, rewards):
     """Outcome less the sum of the rewards before the token."""
     return batch.tokens(lambda i, t: batch.outcomes[i] - math.fsum(rewards[i][:t]))
+
+
+def policy_losses(batch, weights):
+    """The surrogate with other ends of advantages `weights`; KL of `new_logp` from `logp_ref`."""
+    values = {}
+    for name, low, high, dual in (
+        ("asymmetric", 0.2, 0.05, None),
+        ("dual", 0.2, 0.2, 1.1),
+        ("asymmetric_dual", 0.3, 0.1, 1.15),
+    ):
+        found = batch.tokens(
+            lambda i, t, ends=(low, high, dual): (
+                surrogate(math.exp(batch.new[i][t] - batch.old[i][t]), weights[i][t], *ends)
+                if t < batch.lengths[i]
+                else 0.0
+            )
+        )
+        pairs = [found[i][t] for i in batch.rows for t in range(batch.lengths[i])]
+        values[f"ppo.{name}.loss.token_mean"] = mean(loss for loss, _ in pairs)
+        slopes = batch.tokens(lambda i, t, found=found: found[i][t][1] / sum(batch.lengths))
+        values[f"ppo.{name}.grad_new_logp.token_mean"] = slopes
+        values[f"ppo.{name}.clipfrac"] = mean(float(slope == 0) for _, slope in pairs)
+    for name in ("k1", "k2", "k3"):
+        found = batch.tokens(
+            lambda i, t, name=name: penalty(name, batch.new[i][t], batch.ref[i][t], batch.old[i][t])
+        )
+        values[f"kl.{name}"] = batch.tokens(lambda i, t, found=found: found[i][t][0])
+        values[f"kl.{name}.slope"] = batch.tokens(lambda i, t, found=found: found[i][t][1])
+    return values
+
+
+def surrogate(ratio, weight, low, high, dual):
+    """Loss and slope in the log of the ratio, case by case."""
+    if weight >= 0:
+        return (-weight * (1 + high), 0.0) if ratio > 1 + high else (-weight * ratio,) * 2
+    if ratio < 1 - low:
+        return -weight * (1 - low), 0.0
+    if dual is not None and ratio > dual:
+        return -weight * dual, 0.0
+    return (-weight * ratio,) * 2
+
+
+def penalty(name, new, ref, old):
+    """Estimate and slope in the new log-prob."""
+    d, ratio = new - ref, math.exp(new - old)
+    return {
+        "k1": (ratio * d, ratio * (d + 1)),
+        "k2": (d * d / 2, d),
+        "k3": (math.exp(-d) - 1 + d, 1 - math.exp(-d)),
+    }[name]
