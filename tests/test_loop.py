@@ -51,6 +51,7 @@ class Fake:
         self.trained_on: list[TrainBatch] = []
         self.goals: list[int] = []  # of the tallies
         self.asked_to_end: Iterator[str | None] = iter([None] * 50)
+        self.steps_end_at: list[int] | None = None  # in every response
 
     # PromptStream
     def take(self, count: int) -> list[Prompt]:
@@ -113,7 +114,11 @@ class Fake:
 
     # StepReader
     def step_ends(self, batch: RolloutBatch) -> torch.Tensor | None:
-        return None
+        if self.steps_end_at is None:
+            return None
+        ends = torch.zeros_like(batch.response_mask)
+        ends[:, self.steps_end_at] = True
+        return ends
 
     # StopSignals
     def asked(self) -> str | None:
@@ -430,6 +435,20 @@ def test_a_batch_of_two_policies_is_refused_unless_it_was_asked_for() -> None:
     with pytest.raises(ValueError, match=r"policy versions \[3, 4\] in one batch"):
         RolloutBatch.from_groups(groups)
     assert len(RolloutBatch.from_groups(groups, mixed=True).sequences) == 4
+
+
+def test_rewards_of_steps_stand_where_the_reader_of_steps_says() -> None:
+    """Equal rewards c of three tokens, steps of two and one: (2c, c) less its mean, in each row."""
+    fake = Fake([0.5])
+    fake.steps_end_at = [1]
+    plain = {"process_baseline": "paper", "process_norm": "none", "whiten": False}
+    play(fake, advantage=plain | {"granularity": "step", "outcome_weight": 0.0})
+    (batch,) = fake.trained_on
+    assert batch.process_rewards is not None
+    c = batch.process_rewards[0, 0].item()
+    assert c > 0
+    wanted = torch.tensor([0.0, 0.0, -c / 2]).expand(8, 3)
+    torch.testing.assert_close(batch.advantages, wanted)
 
 
 def test_the_loop_stays_readable() -> None:

@@ -188,7 +188,8 @@ class Cases:
             self.model(precision), self.shape, knobs, self.job["temperature"], UPDATES, precision
         )
         policy = MegatronPolicy(engine, knobs, 0, guard(self.folder, "policy"))
-        scored = ScoredBatch(self.rollouts, policy.old_logprobs(self.rollouts), None)
+        ref = self.rollouts.rollout_logprobs  # any will do
+        scored = ScoredBatch(self.rollouts, policy.old_logprobs(self.rollouts), ref)
         skipped = policy.update(TrainBatch(scored, None, self.job["advantages"] * HUGE))
         version = policy.version
         good = policy.update(TrainBatch(scored, None, self.job["advantages"]))

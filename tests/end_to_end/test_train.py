@@ -186,6 +186,32 @@ def test_rewards_from_after_the_prm_update(job: Job, full: str) -> None:
     assert grown > 1.1, "both mini-batches have taught it, not only the first"
 
 
+def test_another_estimator_with_rewards_of_steps_and_a_tie_to_the_reference(
+    job: Job, full: str
+) -> None:
+    """GRPO; steps end with the commas of `3,3,\\boxed{3}`, read by the job's own tokenizer."""
+    knobs = [
+        "--advantage.estimator=grpo",
+        "--advantage.granularity=step",
+        "--advantage.step_separator=,",
+        "--policy.loss.clip_high=0.28",
+        "--policy.loss.dual_clip=3.0",
+        "--policy.loss.kl_coefficient=0.1",
+        "--filter.zero_variance=drop",
+        "--run.steps=2",
+    ]
+    job.start_alone("train", "grpo", *knobs, *layout(tp=1, pp=1))
+    assert_same_first_step(job, full, "grpo", all_figures=False)
+    steps, plain = job.metrics("grpo"), job.metrics(full)
+    same = ("prm/process_return_abs_max", "policy/outcome_return_mean")
+    for name in same:
+        assert steps[1][name] == pytest.approx(plain[1][name], abs=1e-4), name
+    assert steps[1]["policy/advantage_std"] == pytest.approx(1, abs=1e-3)
+    assert steps[1]["policy/grad_norm"] != pytest.approx(plain[1]["policy/grad_norm"], rel=1e-2)
+    assert 0 <= steps[1]["policy/ref_kl"] < steps[2]["policy/ref_kl"], "it starts at the reference"
+    assert "policy/ref_kl" not in plain[1]
+
+
 def test_outcome_only_needs_no_prm(job: Job, full: str) -> None:
     knobs = ["--advantage.process_weight=0", "--run.steps=2", *layout(tp=1, pp=1)]
     job.start_alone("train", "outcome_only", *knobs)
