@@ -1,7 +1,7 @@
 """Which choices of the algorithm go together; without torch.
 
-An option that another one makes meaningless is refused, with the reason, rather than ignored: a run
-must not be taken for something that it is not.
+A combination that would be something else than its names say, or nothing, is refused with the
+reason: a run must not be taken for something that it is not.
 """
 
 from __future__ import annotations
