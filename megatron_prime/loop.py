@@ -96,8 +96,8 @@ def learn_process_rewards(
         after = roles.prm.logprobs(rows) if forward == "double" or knobs.measure_after else None
     seen = update.forward_logprobs if before is None else before
     chosen = after if after is not None and forward == "double" else seen
-    rewards = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)
-    return rewards, update.metrics | figures.of_prm(scored, seen, after)
+    reward = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)
+    return reward, update.metrics | figures.of_prm(knobs, scored, seen, after, roles.policy.version)
 
 
 def with_advantages(
