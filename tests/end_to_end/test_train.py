@@ -36,10 +36,10 @@ def documented() -> Iterator[str]:
 
 def seen_elsewhere(name: str) -> bool:
     """Of overflows, skipped NaNs and weights, in test_fp16.py and test_training.py; of servers, in
-    tests/sglang/test_run.py."""
+    tests/sglang/test_run.py; of benchmark sets, in tests/test_figures.py."""
     of_servers = ("/server_restarts", "/repeated_syncs", "/continued_tokens")
     rare = ("/loss_scale", "/skipped_steps", "/not_finite_steps")
-    return "/importance" in name or name.endswith(rare + of_servers)
+    return name.startswith("eval/") or "/importance" in name or name.endswith(rare + of_servers)
 
 
 def test_fine_tuning_logs_what_is_documented_and_learns(job: Job) -> None:
