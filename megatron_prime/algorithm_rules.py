@@ -105,6 +105,12 @@ def _policy_loss(config: RunConfig) -> Iterator[str]:
             f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with "
             "advantage.process_weight = 0: the reference is loaded for the PRM alone; set it to 0"
         )
+    if config.uses_prm and config.prm.reference == "policy":
+        yield (
+            f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with prm.reference = "
+            '"policy": the only other log-probs are those of the policy before the update, which '
+            'the clip holds it to; set it to 0, or prm.reference = "sft"'
+        )
     if config.rollout.temperature != 1:
         yield (
             f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with rollout.temperature = "

@@ -30,6 +30,7 @@ from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompt
 from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, sft_engine
 from megatron_prime.models.precision import Chip, chip_problems
+from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.report.timeline import drawn_timeline
 from megatron_prime.rollout.local_engine import LocalEngine
@@ -60,7 +61,9 @@ def train(config: RunConfig, launch: Launch) -> None:
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
         policy, prm, reference = models_on(gpus, config)
-        engines = {"policy": policy.engine} | ({"prm": prm.engine} if prm else {})
+        engines = {"policy": policy.engine}
+        if isinstance(prm, MegatronPrm):  # a frozen one is not saved: it is as prm.hf has it
+            engines["prm"] = prm.engine
         stream = prompt_stream(config, tokenizer)
         checkpoints = RunCheckpoints(engines, policy, stream, config)
         state = checkpoints.resume(gpus.visit) or LoopState()

@@ -32,8 +32,10 @@ from megatron_prime.options import (
 )
 from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
 from megatron_prime.options import Section as Section
+from megatron_prime.options import VerifySection as VerifySection
 
 ModelName = Literal["policy", "prm", "reference"]
+PrmLoss = Literal["ce", "ce_hard", "dpo", "nca", "kto"]
 
 
 class ConfigError(RunError, ValueError):
@@ -154,26 +156,6 @@ class FilterSection(Section):
     """Prompts with a response that was cut at `rollout.max_response_length`."""
 
 
-class VerifySection(Section):
-    """The outcome verifier's worker processes."""
-
-    workers: Positive = 1
-    """Checker processes per rank."""
-    timeout_s: PositiveFloat = 5.0
-    """A check of mathematics that takes longer is killed, scores 0 and is counted."""
-    code_test_s: PositiveFloat = 5.0
-    """A program that takes longer over one test has failed it."""
-    code_total_s: PositiveFloat = 50.0
-    """Tests of a response that are not done by then count as failed."""
-    code_memory_mib: Positive = 1024
-    """Memory that a program may take."""
-    numpy: bool = False
-    """Whether programs may import NumPy, the one that is installed here."""
-    sandbox: Literal["kernel", "none"] = "kernel"
-    """What keeps programs in: Landlock and seccomp, or nothing but limits of time and memory: only
-    where the cluster itself isolates the job."""
-
-
 class OptimizerSection(Section):
     """AdamW with fp32 master weights, warm-up, then constant or cosine."""
 
@@ -230,9 +212,17 @@ class PrmSection(BatchSection):
     """Largest global gradient norm."""
     beta: PositiveFloat = 0.05
     """Scale of the implicit reward beta * log(prm / ref)."""
-    forward: Literal["single", "single_strict", "double"] = "single"
+    loss: PrmLoss = "ce"
+    """What the outcome teaches: cross-entropy of sigmoid(R) with the outcome (`ce`) or with whether
+    it is 1 (`ce_hard`), or a comparison of responses: all pairs of a group whose outcomes differ
+    (`dpo`, `nca`), or right against wrong ones (`kto`); these three cost a forward pass more."""
+    reference: Literal["frozen", "policy"] = "frozen"
+    """What the PRM is compared with: `frozen`, the weights of `model.hf`, a model of its own; or
+    `policy`, the policy's log-probs of before its update, and no third model is loaded."""
+    forward: Literal["single", "single_strict", "double", "frozen"] = "single"
     """Where rewards come from: `single`, the training forwards (released run); `single_strict`, one
-    pass before the update; `double`, one pass after it."""
+    pass before the update; `double`, one pass after it; `frozen`, one pass of an offline PRM,
+    `prm.hf`, that is never updated and needs no optimizer."""
     measure_after: bool = False
     """Log the pair accuracy after the update too: one more forward pass for a figure alone, or none
     with `forward = "double"`, which shows it in any case."""
@@ -368,5 +358,25 @@ class RunConfig(Section):
 
     @property
     def uses_prm(self) -> bool:
-        """Whether a PRM and a reference take part."""
+        """Whether a PRM takes part."""
         return self.advantage.process_weight > 0
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """Whether the PRM is compared with the policy, which is scored whole for that."""
+        return self.uses_prm and self.prm.reference == "policy"
+
+    @property
+    def models(self) -> tuple[ModelName, ...]:
+        """The models of a run."""
+        if not self.uses_prm:
+            return ("policy",)
+        return ("policy", "prm") if self.policy_is_reference else ("policy", "prm", "reference")
+
+    @property
+    def frozen(self) -> frozenset[ModelName]:
+        """Of the models, those that never train and have no optimizer."""
+        never: tuple[ModelName, ...] = ("reference",)
+        if self.prm.forward == "frozen":
+            never = ("reference", "prm")
+        return frozenset(never).intersection(self.models)

@@ -12,7 +12,7 @@ from megatron_prime.models.buffers import buffers_of
 from megatron_prime.models.engine import Engine
 from megatron_prime.models.factory import policy_of, prm_of, reference_of
 from megatron_prime.models.policy import MegatronPolicy
-from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.planner.door import check_fits, check_host, machine_of
 from megatron_prime.planner.memory import GIB, make_plan
@@ -25,7 +25,7 @@ from megatron_prime.runtime.scheduler import PhaseScheduler
 
 def models_on(
     gpus: PhaseScheduler, config: RunConfig
-) -> tuple[MegatronPolicy, MegatronPrm | None, MegatronReference | None]:
+) -> tuple[MegatronPolicy, MegatronPrm | FrozenPrm | None, MegatronReference | None]:
     """Policy, PRM and reference, built one after the other; each is put away before the next.
 
     So loading needs no more of the device than an update does.
@@ -37,6 +37,8 @@ def models_on(
             return policy, None, None
         prm = prm_of(config)
         put_away(gpus, "prm", prm.engine)
+        if "reference" not in config.models:
+            return policy, prm, None
         reference = reference_of(config)
         put_away(gpus, "reference", reference.engine)
     return policy, prm, reference

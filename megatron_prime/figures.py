@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_prime.algorithm import metrics
 from megatron_prime.algorithm.filtering import why_not
 from megatron_prime.algorithm.masked import masked_sum
-from megatron_prime.config import RunConfig
+from megatron_prime.algorithm.prm_health import prm_health
+from megatron_prime.config import PrmSection, RunConfig
 from megatron_prime.types import (
     Metrics,
     PolicyUpdate,
@@ -45,8 +46,14 @@ def of_rollouts(
     }
 
 
-def of_prm(scored: ScoredBatch, before: Tensor, after: Tensor | None) -> Metrics:
-    """How well sequence rewards order right before wrong answers, before and after the update."""
+def of_prm(
+    knobs: PrmSection, scored: ScoredBatch, before: Tensor, after: Tensor | None, version: int
+) -> Metrics:
+    """How well sequence rewards order right before wrong answers, before and after the update.
+
+    And the PRM's health before it, when these outcomes had not taught it yet; `version` is the
+    policy's.
+    """
     rollouts = scored.rollouts
     assert scored.ref_logprobs is not None, "the PRM's rewards need reference log-probs"
     found = {"prm/pair_accuracy_before": before, "prm/pair_accuracy_after": after}
@@ -55,10 +62,15 @@ def of_prm(scored: ScoredBatch, before: Tensor, after: Tensor | None) -> Metrics
         for name, prm in found.items()
         if prm is not None
     }
-    return {
+    accuracies = {
         name: metrics.pair_accuracy(reward, rollouts.outcome_rewards, rollouts.group_size).item()
         for name, reward in rewards.items()
     }
+    token_rewards = knobs.beta * (before - scored.ref_logprobs)
+    health = prm_health(token_rewards, rollouts.outcome_rewards, rollouts.response_mask)
+    taught = {"frozen": version, "double": 0}  # the others learnt from the step before
+    staleness = {"prm/staleness": taught.get(knobs.forward, min(1, version))}
+    return accuracies | {f"prm/{name}": value for name, value in health.items()} | staleness
 
 
 def of_batch(batch: TrainBatch, update: PolicyUpdate, config: RunConfig) -> Metrics:

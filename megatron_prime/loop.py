@@ -78,7 +78,9 @@ def score(roles: Roles, rollouts: t.RolloutBatch) -> t.ScoredBatch:
     """Forwards without gradients: the reference's; the policy's of what its update can't give."""
     with roles.gpus.phase(Phase.SCORE):
         ref = None if roles.reference is None else roles.reference.logprobs(rollouts)
-        return t.ScoredBatch(rollouts, roles.policy.old_logprobs(rollouts), ref)
+        as_reference = roles.prm is not None and ref is None  # the policy is what it is compared to
+        old = roles.policy.old_logprobs(rollouts, every_row=as_reference)
+        return t.ScoredBatch(rollouts, old, old.logprobs if as_reference else ref)
 
 
 def learn_process_rewards(
@@ -92,12 +94,10 @@ def learn_process_rewards(
         before = roles.prm.logprobs(rows) if forward == "single_strict" else None
         update = roles.prm.update(scored)
         after = roles.prm.logprobs(rows) if forward == "double" or knobs.measure_after else None
-    trained = update.forward_logprobs
-    chosen = {"single": trained, "single_strict": before, "double": after}[forward]
-    assert chosen is not None, f"prm.forward = {forward!r} made no log-probs"
-    rewards = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)
-    seen = trained if before is None else before
-    return rewards, update.metrics | figures.of_prm(scored, seen, after)
+    seen = update.forward_logprobs if before is None else before
+    chosen = after if after is not None and forward == "double" else seen
+    reward = implicit_rewards(chosen, scored.ref_logprobs, rows.response_mask, knobs.beta)
+    return reward, update.metrics | figures.of_prm(knobs, scored, seen, after, roles.policy.version)
 
 
 def with_advantages(

@@ -1,7 +1,7 @@
 """What the tables of a run's configuration are made of, and the tables with the most knobs.
 
 `config.py` puts all tables together and is where others import from; the tables here are those of
-the mathematics and of the rollout engine. No torch, no Megatron.
+the mathematics, of the rollout engine and of the verifier. No torch, no Megatron.
 """
 
 from __future__ import annotations
@@ -193,3 +193,23 @@ class EvaluateSection(Section):
     chunk: Positive = 64
     """Problems that are answered and written together: a killed evaluation loses at most these, and
     with more the engines are busy with fewer gaps."""
+
+
+class VerifySection(Section):
+    """The outcome verifier's worker processes."""
+
+    workers: Positive = 1
+    """Checker processes per rank."""
+    timeout_s: PositiveFloat = 5.0
+    """A check of mathematics that takes longer is killed, scores 0 and is counted."""
+    code_test_s: PositiveFloat = 5.0
+    """A program that takes longer over one test has failed it."""
+    code_total_s: PositiveFloat = 50.0
+    """Tests of a response that are not done by then count as failed."""
+    code_memory_mib: Positive = 1024
+    """Memory that a program may take."""
+    numpy: bool = False
+    """Whether programs may import NumPy, the one that is installed here."""
+    sandbox: Literal["kernel", "none"] = "kernel"
+    """What keeps programs in: Landlock and seccomp, or nothing but limits of time and memory: only
+    where the cluster itself isolates the job."""

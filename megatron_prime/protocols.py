@@ -114,7 +114,7 @@ class ScoringModel(Protocol):
 
 
 class ProcessRewardModel(ScoringModel, Protocol):
-    """The implicit PRM."""
+    """The implicit PRM; a frozen one learns nothing in its update."""
 
     def update(self, batch: ScoredBatch) -> PrmUpdate: ...
 
@@ -124,8 +124,8 @@ class Policy(Protocol):
 
     version: int  # successful updates since the start of the run
 
-    # Of the rows whose training forward comes after the update's first optimizer step.
-    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs: ...
+    # Of the rows whose training forward comes after the update's first optimizer step, or of all.
+    def old_logprobs(self, batch: RolloutBatch, every_row: bool = False) -> OldLogprobs: ...
     def update(self, batch: TrainBatch) -> PolicyUpdate: ...
     def weights(self) -> WeightSource: ...  # live; they change with the next update
 
@@ -189,7 +189,7 @@ class Roles:
     ranks: Ranks
     policy: Policy
     prm: ProcessRewardModel | None  # None: trained on the outcome alone
-    reference: ScoringModel | None  # None: nobody needs reference log-probs
+    reference: ScoringModel | None  # None: the policy is the PRM's reference, or there is no PRM
     gpus: Scheduler
     recorder: Recorder
     checkpoints: Checkpoints

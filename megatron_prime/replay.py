@@ -21,14 +21,14 @@ from megatron_prime.models.factory import policy_of, prm_of, reference_of, sft_e
 from megatron_prime.models.guard import Batch, Kept, Tracer, load_batch, load_weights, rollouts_of
 from megatron_prime.models.mini_batch import MiniBatch
 from megatron_prime.models.policy import MegatronPolicy
-from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.sft import FineTuning, loss_of
 from megatron_prime.types import ScoredBatch, TrainBatch
 
-Model = MegatronPolicy | MegatronPrm | MegatronReference | FineTuning
+Model = MegatronPolicy | MegatronPrm | FrozenPrm | MegatronReference | FineTuning
 
 
 def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
@@ -78,13 +78,13 @@ def run_again(model: Model, kept: Kept) -> str:
 def _loss(model: Model, batch: Batch) -> Loss | None:
     """The update's loss on the whole batch; None if it broke while it was scored."""
     rollouts = rollouts_of(batch)
-    part = MiniBatch.of(rollouts, torch.arange(len(rollouts.sequences)))
+    rows = torch.arange(len(rollouts.sequences))
     if isinstance(model, FineTuning):
         return loss_of(rollouts.response_mask)
     if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
-        return model.loss_of(batch, part)
+        return model.loss_of(batch, MiniBatch.of(rollouts, rows))
     if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):
-        return model.loss_of(batch, part)
+        return model.loss_of(batch, rows)
     return None
 
 

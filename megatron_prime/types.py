@@ -193,14 +193,21 @@ class RolloutBatch:
         )
 
     def select(self, rows: Tensor) -> RolloutBatch:
-        """Only `rows` (int64 [n]), in their order; groups are torn apart."""
+        """Only `rows` (int64 [n]), in their order; unless they are whole groups, torn apart."""
         return RolloutBatch(
             tuple(self.sequences[row] for row in rows.tolist()),
-            1,
+            self.group_size if self._are_whole_groups(rows) else 1,
             self.response_mask[rows],
             self.outcome_rewards[rows],
             self.rollout_logprobs[rows],
         )
+
+    def _are_whole_groups(self, rows: Tensor) -> bool:
+        if len(rows) % self.group_size:
+            return False
+        firsts = rows[:: self.group_size]
+        whole = (firsts[:, None] + torch.arange(self.group_size)).flatten()
+        return not bool((firsts % self.group_size).any()) and torch.equal(rows, whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +254,7 @@ class ScoredBatch:
 
     rollouts: RolloutBatch
     old_logprobs: OldLogprobs
-    ref_logprobs: Tensor | None  # float32 [N, T], the frozen reference; None when nothing needs it
+    ref_logprobs: Tensor | None  # float32 [N, T], what the PRM is compared with; None without a PRM
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Only `rows` (int64 [n])."""

@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import algorithm_rules, evaluate_rules, precision_rules, rollout_rules
+from megatron_prime import (
+    algorithm_rules,
+    evaluate_rules,
+    precision_rules,
+    prm_rules,
+    rollout_rules,
+)
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
@@ -47,8 +53,7 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
     """The models that the command builds, by their names in `[precision]`."""
     if command == "evaluate":
         return ("prm", "reference") if config.evaluate.prm is not None else ()
-    whole = command in ("train", "replay") and config.uses_prm
-    return ("policy", "prm", "reference") if whole else ("policy",)
+    return config.models if command in ("train", "replay") else ("policy",)
 
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -74,7 +79,9 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
     yield from _batches(config, "policy", config.policy, world_size)
     if config.uses_prm:
-        yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
+        yield from prm_rules.problems(config)
+        if "prm" not in config.frozen:
+            yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
             yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)

@@ -74,6 +74,10 @@ def test_prime_as_value_model_goes_with_both_presets(preset, granularity):
             "policy.loss.kl_coefficient: found 0.1 with advantage.process_weight = 0",
         ),
         (
+            {"policy": {"loss": {"kl_coefficient": 0.1}}, "prm": {"reference": "policy"}},
+            'policy.loss.kl_coefficient: found 0.1 with prm.reference = "policy"',
+        ),
+        (
             {"filter": {"min_accuracy": 0.9}},
             "filter.min_accuracy: found 0.9, above filter.max_accuracy = 0.8",
         ),

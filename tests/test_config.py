@@ -100,3 +100,19 @@ def test_checking_a_config_imports_no_torch():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "models", "frozen"),
+    [
+        ({}, ("policy", "prm", "reference"), {"reference"}),
+        ({"prm": {"reference": "policy"}}, ("policy", "prm"), set()),
+        ({"prm": {"forward": "frozen"}}, ("policy", "prm", "reference"), {"prm", "reference"}),
+        ({"prm": {"forward": "frozen", "reference": "policy"}}, ("policy", "prm"), {"prm"}),
+        ({"advantage": {"process_weight": 0.0}, "prm": {"forward": "frozen"}}, ("policy",), set()),
+    ],
+)
+def test_models_of_a_run_and_those_that_never_train(knobs, models, frozen):
+    config = config_of(**knobs)
+    assert (config.models, config.frozen) == (models, frozen)
+    assert config.policy_is_reference == ("prm" in models and "reference" not in models)

@@ -58,6 +58,13 @@ def scored(*groups: VerifiedGroup, ref: float | None = -2.0) -> ScoredBatch:
     )
 
 
+def pair_accuracies(
+    batch: ScoredBatch, before: torch.Tensor, after: torch.Tensor | None
+) -> dict[str, float]:
+    found, prefix = figures.of_prm(config().prm, batch, before, after, 0), "prm/pair_accuracy_"
+    return {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
+
+
 def test_generated_and_kept_are_told_apart() -> None:
     assert figures.of_rollouts([EASY, HARD], [EASY], rounds=3) == {
         "rollout/accuracy": 3 / 8,
@@ -105,11 +112,8 @@ def test_prm_orders_pairs_before_and_after_its_update() -> None:
     right = wrong.clone()
     wrong[1] += 0.1  # the wrong answer of the first group gets the higher sequence reward
     right[0, :2] += 0.1
-    assert figures.of_prm(batch, wrong, right) == {
-        "prm/pair_accuracy_before": 0.25,
-        "prm/pair_accuracy_after": 0.75,
-    }
-    assert figures.of_prm(batch, right, None) == {"prm/pair_accuracy_before": 0.75}
+    assert pair_accuracies(batch, wrong, right) == {"before": 0.25, "after": 0.75}
+    assert pair_accuracies(batch, right, None) == {"before": 0.75}
 
 
 def test_prm_rewards_are_sums_over_the_response_and_padding_counts_nothing() -> None:
@@ -117,9 +121,33 @@ def test_prm_rewards_are_sums_over_the_response_and_padding_counts_nothing() -> 
     batch = scored(MIDDLING)
     prm = torch.tensor([[-1.0, -2.0, -900.0], [-1.5, -1.8, -1.8]])
     # Sequence rewards 1 + 0 and 0.5 + 0.2 + 0.2 over the reference's -2.
-    assert figures.of_prm(batch, prm, None) == {"prm/pair_accuracy_before": 1.0}
+    assert pair_accuracies(batch, prm, None) == {"before": 1.0}
+    clean = figures.of_prm(config().prm, batch, prm, None, 0)
     prm[0, 2] = NAN
-    assert figures.of_prm(batch, prm, None) == {"prm/pair_accuracy_before": 1.0}
+    assert figures.of_prm(config().prm, batch, prm, None, 0) == clean
+
+
+def test_the_prms_health_is_of_before_its_update_and_in_betas() -> None:
+    """R is 1 of the right answer and 0.9 of the wrong one, times a beta of 2."""
+    batch = scored(MIDDLING)
+    before = torch.tensor([[-1.0, -2.0, NAN], [-1.5, -1.8, -1.8]])
+    found = figures.of_prm(config(prm={"beta": 2.0}).prm, batch, before, before - 3, 5)
+    assert found["prm/reward_right_mean"] == pytest.approx(2.0)
+    assert found["prm/reward_wrong_mean"] == pytest.approx(1.8)
+    chances = [1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(-1.8))]
+    assert found["prm/predicted_accuracy"] == pytest.approx(sum(chances) / 2)
+    assert found["prm/over_optimisation_gap"] == pytest.approx(sum(chances) / 2 - 0.5)
+    assert found["prm/length_correlation"] == pytest.approx(-1)
+    assert found["prm/last_tokens_share"] == pytest.approx((0 + 0.2) / 1.9)
+
+
+@pytest.mark.parametrize(
+    ("forward", "stale"), [("single", 1), ("single_strict", 1), ("double", 0), ("frozen", 7)]
+)
+def test_how_long_ago_the_prm_learnt(forward: str, stale: int) -> None:
+    knobs, batch, prm = config(prm={"forward": forward}).prm, scored(MIDDLING), torch.zeros(2, 3)
+    assert figures.of_prm(knobs, batch, prm, None, 7)["prm/staleness"] == stale
+    assert figures.of_prm(knobs, batch, prm, None, 0)["prm/staleness"] == 0
 
 
 def test_returns_advantages_and_mismatch() -> None:

@@ -172,8 +172,10 @@ class FakeModel:
         self.fake.trace.append(f"{self.name} logprobs")
         return torch.full(batch.response_mask.shape, self.logprob)
 
-    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs:
-        self.fake.trace.append(f"{self.name} old_logprobs")
+    def old_logprobs(self, batch: RolloutBatch, every_row: bool = False) -> OldLogprobs:
+        self.fake.trace.append(f"{self.name} old_logprobs{' of all' if every_row else ''}")
+        if every_row:
+            return OldLogprobs.scored(batch, torch.arange(8), torch.full((8, 3), self.logprob))
         return OldLogprobs.none(batch)
 
     def weights(self) -> Any:
@@ -194,6 +196,7 @@ def play(
     fake: Fake,
     state: LoopState | None = None,
     with_prm: bool = True,
+    with_reference: bool = True,
     prompts: PromptStream | None = None,
     eval_sets: Sequence[EvalSet] = (),
     **knobs: Any,
@@ -218,7 +221,7 @@ def play(
         ranks=fake,
         policy=policy,
         prm=FakeModel(fake, "prm", -1.0) if with_prm else None,
-        reference=FakeModel(fake, "reference", -1.2) if with_prm else None,
+        reference=FakeModel(fake, "reference", -1.2) if with_prm and with_reference else None,
         gpus=fake,
         recorder=fake,
         checkpoints=fake,
@@ -245,7 +248,7 @@ def test_a_step_follows_the_order_of_the_paper() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "expected"),
-    [("single", -0.9), ("single_strict", -1.0), ("double", -0.5)],
+    [("single", -0.9), ("single_strict", -1.0), ("double", -0.5), ("frozen", -0.9)],
 )
 def test_rewards_come_from_the_forward_that_was_named(forward: str, expected: float) -> None:
     fake = Fake([0.5])
@@ -253,6 +256,21 @@ def test_rewards_come_from_the_forward_that_was_named(forward: str, expected: fl
     rewards = fake.trained_on[0].process_rewards
     assert rewards is not None
     torch.testing.assert_close(rewards, torch.full((8, 3), 0.05 * (expected + 1.2)))
+
+
+def test_the_policy_can_be_the_reference() -> None:
+    """Of all rows before the PRM learns, once, and the policy's update takes the same."""
+    fake = Fake([0.5])
+    play(fake, with_reference=False, prm={"reference": "policy"})
+    assert not any("reference" in entry for entry in fake.trace)
+    assert [entry for entry in fake.trace if "policy" in entry and "update" not in entry] == [
+        "policy old_logprobs of all"
+    ]
+    rewards, scored = fake.trained_on[0].process_rewards, fake.trained_on[0].scored
+    assert rewards is not None
+    torch.testing.assert_close(rewards, torch.full((8, 3), 0.05 * (-0.9 + 1.0)))
+    assert scored.ref_logprobs is scored.old_logprobs.logprobs
+    assert scored.old_logprobs.known.all()
 
 
 def test_the_prm_is_measured_after_its_update_if_that_was_asked_for() -> None:

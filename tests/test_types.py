@@ -73,3 +73,12 @@ def test_old_logprobs_of_rows_that_were_not_scored_are_somebody_elses() -> None:
     assert torch.equal(OldLogprobs.none(batch).or_else(other), other)
     assert old.logprobs[1].isnan().all(), "nobody can take them by mistake"
     assert not old.or_else(other.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rows", "group_size"),
+    [([0, 1, 2, 3], 2), ([4, 5, 0, 1], 2), ([1, 2], 1), ([1, 0], 1), ([0, 1, 2], 1), ([3], 1)],
+)
+def test_only_whole_groups_stay_groups(rows: list[int], group_size: int) -> None:
+    batch = RolloutBatch.from_groups([group(WHOLE, WHOLE, number=number) for number in range(3)])
+    assert batch.select(torch.tensor(rows)).group_size == group_size

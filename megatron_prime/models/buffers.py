@@ -23,7 +23,7 @@ def buffers_of(owner: str, engine: Engine) -> list[Buffer]:
     parameters = [p for module in engine.modules for p in module.parameters()]
     found = [Buffer(f"{owner}.fp8_copies", Fp8Copies(engine).pieces)]
     if not isinstance(engine, TrainableEngine):
-        return [Buffer(f"{owner}.weights", Storages(Kept, lambda: parameters)), *found]
+        return [Buffer(f"{owner}.weights", Storages(Constant, lambda: parameters)), *found]
     # What has a master is made from it again; what is its own master is copied.
     made = Storages(Remade, lambda: [p for p in parameters if p.dtype != torch.float32])
     kept = Storages(Kept, lambda: [p for p in parameters if p.dtype == torch.float32])
@@ -35,6 +35,13 @@ def buffers_of(owner: str, engine: Engine) -> list[Buffer]:
         *found,
         Buffer(f"{owner}.gradients", Storages(Remade, lambda: gradients(engine))),
     ]
+
+
+class Constant(Kept):
+    """Of a model that no phase changes, so a copy on the host stays good."""
+
+    def written(self) -> None:
+        """It never is."""
 
 
 def masters(engine: TrainableEngine) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from megatron_prime.models.architecture import ModelShape, build_model
 from megatron_prime.models.engine import Engine
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.policy import MegatronPolicy
-from megatron_prime.models.prm import MegatronPrm
+from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.weights.load import load_hf
@@ -22,8 +22,12 @@ def policy_of(config: RunConfig) -> MegatronPolicy:
     return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
 
 
-def prm_of(config: RunConfig) -> MegatronPrm:
+def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:
     """The PRM, at its start."""
+    if "prm" in config.frozen:
+        chunks, shape = loaded(config, "prm")
+        frozen = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
+        return FrozenPrm(frozen, Guard(config, "prm"))
     engine = trained(config, "prm", config.prm, 1.0)
     return MegatronPrm(engine, config.prm, Guard(config, "prm"))
 

@@ -44,9 +44,12 @@ class MegatronPolicy:
         """Log-probs at the sampling temperature, without gradients: float32 [N, T]."""
         return self.guard.logprobs(self.engine, batch)
 
-    def old_logprobs(self, batch: RolloutBatch) -> OldLogprobs:
-        """Log-probs of before the coming update, of all its mini-batches but the first."""
-        later = self._order(batch)[self.knobs.mini_batch_size :]
+    def old_logprobs(self, batch: RolloutBatch, every_row: bool = False) -> OldLogprobs:
+        """Log-probs of before the coming update, of all its mini-batches but the first.
+
+        `every_row`: of that one, too, for someone who needs them before the update.
+        """
+        later = self._order(batch)[0 if every_row else self.knobs.mini_batch_size :]
         if not len(later):
             return OldLogprobs.none(batch)
         return OldLogprobs.scored(batch, later, self.logprobs(batch.select(later)))

@@ -1,7 +1,7 @@
 """The implicit process reward model: a language model whose log-ratio to the reference is a reward.
 
-R(y) = beta * sum_t log(prm(y_t) / ref(y_t)) is trained with cross-entropy on the outcome alone
-(arXiv 2502.01456, Eq. 3 and the CE objective); no step labels. Its log-probs are taken at
+R(y) = beta * sum_t log(prm(y_t) / ref(y_t)) is trained on the outcome alone (arXiv 2502.01456,
+Eq. 3 and the CE objective; `prm.loss` has others); no step labels. Its log-probs are taken at
 temperature 1, for it scores and never samples.
 """
 
@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_prime.algorithm.prm_loss import prm_ce_loss
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
+from megatron_prime.algorithm.prm_loss import OF_EACH_RESPONSE, Tangent, sequence_loss
 from megatron_prime.config import PrmSection
-from megatron_prime.models.engine import Forward, Loss
+from megatron_prime.models.engine import Engine, Forward, Loss
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
 from megatron_prime.models.precision import without_fp8
@@ -50,7 +51,7 @@ class MegatronPrm:
         error: Metrics = {}
         for number, rows in enumerate(mini_batches):
             part = MiniBatch.of(rollouts, rows)
-            loss = self.loss_of(batch, part)
+            loss = self.loss_of(batch, rows)
             step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is None:  # skipped: no weight changed, so a forward gives the same
                 found = self.guard.logprobs(self.engine, rollouts.select(rows))
@@ -72,17 +73,63 @@ class MegatronPrm:
         with without_fp8(*self.engine.modules):
             return self.guard.logprobs(self.engine, rollouts)
 
-    def loss_of(self, batch: ScoredBatch, part: MiniBatch) -> Loss:
-        """What a mini-batch's micro-batches are judged by."""
-        return partial(self._loss, batch, part)
+    def loss_of(self, batch: ScoredBatch, rows: Tensor) -> Loss:
+        """What the micro-batches of the mini-batch `rows` (int64 [n]) are judged by.
 
-    def _loss(self, batch: ScoredBatch, part: MiniBatch, forward: Forward) -> Tensor:
-        """This micro-batch's share of the mini-batch's cross-entropy."""
+        A loss that compares responses costs a forward of the mini-batch here.
+        """
+        part, tangent = MiniBatch.of(batch.rollouts, rows), None
+        if self.knobs.loss not in OF_EACH_RESPONSE:
+            chosen = batch.select(rows)
+            logprobs = self.guard.logprobs(self.engine, chosen.rollouts)
+            rewards = self._rewards(chosen, logprobs, torch.arange(len(rows)))
+            outcomes, group_size = chosen.rollouts.outcome_rewards, chosen.rollouts.group_size
+            tangent = Tangent.of(rewards, outcomes, group_size, self.knobs.loss)
+        return partial(self._loss, batch, rows, part, tangent)
+
+    def _loss(
+        self,
+        batch: ScoredBatch,
+        mini_batch: Tensor,
+        part: MiniBatch,
+        tangent: Tangent | None,
+        forward: Forward,
+    ) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss."""
+        rows = forward.rows.cpu()
+        rewards = self._rewards(batch, forward.logprobs, rows)
+        if tangent is not None:
+            return tangent.part(rewards, torch.searchsorted(mini_batch, rows))
+        outcomes = batch.rollouts.outcome_rewards[rows].to(rewards.device)
+        loss = sequence_loss(rewards, outcomes, 1, self.knobs.loss)
+        return loss * (len(rows) / part.rollouts)
+
+    def _rewards(self, batch: ScoredBatch, logprobs: Tensor, rows: Tensor) -> Tensor:
+        """Sequence rewards R [b] of `rows` (int64 [b]), whose `logprobs` are [b, T']."""
         assert batch.ref_logprobs is not None, "a PRM update needs reference log-probs"
-        ref, mask = part.cut(forward, batch.ref_logprobs, batch.rollouts.response_mask)
-        outcomes = batch.rollouts.outcome_rewards[forward.rows.cpu()].to(ref.device)
-        loss = prm_ce_loss(forward.logprobs, ref, mask, outcomes, self.knobs.beta)
-        return loss * part.share(mask, "seq_mean_token_mean")
+        ref, mask = (
+            tensor[rows, : logprobs.shape[1]].to(logprobs.device)
+            for tensor in (batch.ref_logprobs, batch.rollouts.response_mask)
+        )
+        return implicit_rewards(logprobs, ref, mask, self.knobs.beta).sum(dim=1)
+
+
+class FrozenPrm:
+    """The ProcessRewardModel role of a PRM that was trained elsewhere and learns no more."""
+
+    def __init__(self, engine: Engine, guard: Guard) -> None:
+        for module in engine.modules:
+            module.requires_grad_(False)
+        self.engine = engine
+        self.guard = guard
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probs of the responses: float32 [N, T]."""
+        return self.guard.logprobs(self.engine, batch)
+
+    def update(self, batch: ScoredBatch) -> PrmUpdate:
+        """Nothing is learnt: a forward takes the training forwards' place, without figures."""
+        return PrmUpdate(self.logprobs(batch.rollouts), {})
 
 
 def fp8_error(in_fp8: Tensor, without: Tensor, rollouts: RolloutBatch, rows: Tensor) -> Metrics:

@@ -216,17 +216,13 @@ class _Planner:
         self.config, self.dp_size, self.machine, self.table = config, dp_size, machine, table
         tp = config.parallel.tp
         policy = ModelShape.from_hf(config.model.hf, tp)
-        self.shapes: dict[ModelName, ModelShape] = {"policy": policy}
-        if config.uses_prm:
-            own = config.prm.hf
-            self.shapes |= {
-                "prm": policy if own is None else ModelShape.from_hf(own, tp),
-                "reference": policy,
-            }
+        self.shapes: dict[ModelName, ModelShape] = dict.fromkeys(config.models, policy)
+        if config.uses_prm and config.prm.hf is not None:
+            self.shapes["prm"] = ModelShape.from_hf(config.prm.hf, tp)
         self.longest = longest_sequence(config)
         self._activation = cache(self._activations)
         in_fp32 = frozenset(n for n in self.shapes if config.precision.of(n).dtype == "fp32")
-        self._on_host = on_host(table, in_fp32)
+        self._on_host = on_host(table, in_fp32 | config.frozen)
         free = machine.device_bytes - machine.reserve_bytes - self._beside_servers()
         self._engine = engine_bytes(config, policy, free, machine.on_gpu)
 
@@ -255,7 +251,7 @@ class _Planner:
         for name in self.shapes:
             state, active = self._states(name, stage, replica), self._activation(name, stage)
             work[f"{name}.scoring"] = active.scoring
-            if name == "reference":
+            if name in self.config.frozen:
                 kinds = {k: n for k, n in state.by_kind.items() if k in ("weights", "fp8_copies")}
             else:
                 kinds = state.by_kind
@@ -279,7 +275,7 @@ class _Planner:
             self.shapes[name],
             sizes,
             self.config.precision.of(name),
-            None if name == "reference" else sharding,
+            None if name in self.config.frozen else sharding,
             stage,
         )
 

@@ -42,14 +42,15 @@ class Moves:
     def _of(self, rank: RankPlan, phases: Sequence[str], number: int) -> Seconds:
         before, after = self.table[phases[number - 1]], self.table[phases[number]]
         come, go = after - before, before - after
-        in_fp32 = [m for m in _TRAINED if self.config.precision.of(m).dtype == "fp32"]
-        own = KEPT.union(*(WITHOUT_MASTERS[model] for model in in_fp32))
+        of, frozen = self.config.precision.of, self.config.frozen
+        copies = [m for m in _TRAINED if of(m).dtype == "fp32" or m in frozen]
+        own = KEPT.union(*(WITHOUT_MASTERS[model] for model in copies))
         copied = [name for name in come if name in own]
         copied += [name for name in go & own if self._was_written(name, phases, number)]
         found: Seconds = {}
         for model in _TRAINED:
             masters, weights = f"{model}.masters", f"{model}.weights"
-            if weights not in come or model in in_fp32 or weights not in rank.kept:
+            if weights not in come or model in copies or weights not in rank.kept:
                 continue
             if masters not in after:
                 copied.append(masters)
@@ -63,6 +64,8 @@ class Moves:
 
     def _was_written(self, name: str, phases: Sequence[str], number: int) -> bool:
         """Since it came to the device."""
+        if name.partition(".")[0] in self.config.frozen:
+            return False
         for back in range(1, len(phases) + 1):
             phase = phases[number - back]
             if name not in self.table[phase]:

@@ -70,13 +70,13 @@ MADE_FROM: Mapping[str, str] = {
 }
 
 KEPT: Buffers = _of("policy", "masters", "moments") | _of("prm", "masters", "moments") | REFERENCE
-WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are its masters
+WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are, a frozen one has none
     "policy": _of("policy", "weights"),
     "prm": _of("prm", "weights"),
 }
 
 
-def on_host(table: Table, fp32_models: frozenset[str]) -> Buffers:
+def on_host(table: Table, without_masters: frozenset[str]) -> Buffers:
     """What has a copy in host memory: all that nothing makes again, unless everything stays.
 
     At the start of a run everything is sent away once, so that servers find the device empty, and
@@ -84,7 +84,7 @@ def on_host(table: Table, fp32_models: frozenset[str]) -> Buffers:
     """
     if table is RESIDENT:
         return frozenset()
-    return KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in fp32_models))
+    return KEPT.union(*(WITHOUT_MASTERS.get(model, frozenset()) for model in without_masters))
 
 
 # What goes first when not everything fits: what costs nothing to bring back, then what is copied

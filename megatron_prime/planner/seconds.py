@@ -5,7 +5,7 @@ update costs, `training.py` says, what generation costs, `decoding.py`. Here the
 
     generate       rounds one after the other until enough prompts have passed the filter
     score          the reference's forward, and the policy's where its update can't give log-probs
-    update_prm     mini-batches; one more forward for `prm.forward` and for `prm.measure_after`
+    update_prm     mini-batches; a forward more for `prm.forward`, `prm.measure_after`, `prm.loss`
     update_policy  mini-batches
     sync_weights   bytes that a rank gets, by the way they take, and four passes over them in device
                    memory (cut out, copied in, two checksums). `plan.py reshard` counts messages
@@ -106,10 +106,11 @@ def predict(
 
 
 def prm_forwards(config: RunConfig) -> int:
-    """Forwards of the PRM without gradients, as `learn_process_rewards` in loop.py has them."""
-    forward = config.prm.forward
+    """Forwards of the PRM without gradients: those of loop.py's `learn_process_rewards`, and the
+    one in which responses are compared (models/prm.py)."""
+    forward, compares = config.prm.forward, config.prm.loss not in ("ce", "ce_hard")
     after = forward == "double" or config.prm.measure_after
-    return (forward == "single_strict") + after
+    return (forward == "single_strict") + after + compares
 
 
 def rollouts_of(
@@ -181,7 +182,7 @@ class _Predictor:
         share = scored_share(self.config)
         rows = round(share * self.rows)
         own = self.policy.forward(self.load * share, rows) if rows else {}
-        if not self.config.uses_prm:
+        if "reference" not in self.config.models:
             return own
         return add(own, self._trainer("reference").forward(self.load, self.rows))
 
@@ -189,6 +190,8 @@ class _Predictor:
         if not self.config.uses_prm:
             return {}
         prm, knobs = self._trainer("prm"), self.config.prm
+        if "prm" in self.config.frozen:
+            return prm.forward(self.load, self.rows)
         found = prm.update(self.load, self.rows)
         found = add(found, times(prm.forward(self.load, self.rows), prm_forwards(self.config)))
         if prm.precision.fp8 is None:

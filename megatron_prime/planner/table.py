@@ -43,16 +43,18 @@ def planned_tokens(config: RunConfig, plan: MemoryPlan) -> int:
 def scored_share(config: RunConfig) -> float:
     """Of the rows, those whose old log-probs the policy's training forward can't give.
 
-    The first mini-batch trains the weights that scoring would take (models/policy.py).
+    The first mini-batch trains the weights that scoring would take (models/policy.py). All of them
+    where the PRM, which trains before, needs the policy's as its reference.
     """
+    if config.policy_is_reference:
+        return 1.0
     rows = config.rollout.prompts_per_step * config.rollout.group_size
     return max(0.0, 1 - config.policy.mini_batch_size / rows)
 
 
 def keeps_fp8(config: RunConfig) -> bool:
     """Whether a model has its weights in FP8 alone, in storages that only its layers can move."""
-    models = ("policy", "prm", "reference") if config.uses_prm else ("policy",)
-    return any(getattr(config.precision, name).fp8_param for name in models)
+    return any(config.precision.of(name).fp8_param for name in config.models)
 
 
 def at_most(plan: MemoryPlan) -> tuple[dict[str, int], dict[str, int]]:

@@ -72,7 +72,45 @@ PANELS = (
         "nats per answer",
         (Curve("prm/loss", "loss"),),
         level=math.log(2),
-        level_label="untrained (ln 2)",
+        level_label="untrained (ce, dpo: ln 2)",
+    ),
+    Panel(
+        "PRM: estimate against verifier",
+        "share of answers",
+        (
+            Curve("prm/predicted_accuracy", "σ(R), mean"),
+            Curve("filter/accuracy", "right", VERMILLION),
+        ),
+    ),
+    Panel(
+        "PRM: calibration of σ(R)",
+        "share of answers",
+        (
+            Curve("prm/calibration_error", "error"),
+            Curve("prm/over_optimisation_gap", "σ(R) less right", VERMILLION),
+        ),
+        level=0.0,
+    ),
+    Panel(
+        "PRM: sequence reward R",
+        "β · nats, mean",
+        (
+            Curve("prm/reward_right_mean", "of right answers"),
+            Curve("prm/reward_wrong_mean", "of others", VERMILLION),
+        ),
+        level=0.0,
+    ),
+    Panel(
+        "PRM: what R comes from",
+        "",
+        (
+            Curve("prm/length_correlation", "correlation with length"),
+            Curve("prm/last_tokens_share", "share of last tenth", VERMILLION),
+        ),
+        level=0.0,
+    ),
+    Panel(
+        "PRM: policy updates since it learnt", "updates", (Curve("prm/staleness"),), from_zero=True
     ),
     Panel("Clipped tokens", "share of tokens", (Curve("policy/clip_fraction"),), from_zero=True),
     Panel("Policy moved by the update", "approx. KL, nats per token", (Curve("policy/approx_kl"),)),
@@ -171,6 +209,7 @@ def _draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
         dashed = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 3))}
         axes.axhline(panel.level, label=panel.level_label, **dashed)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+    axes.yaxis.get_offset_text().set_horizontalalignment("right")  # the legend is on the other side
     if panel.from_zero:
         axes.set_ylim(0, 1.08 * max(shown, default=0) or 1)
     if panel.logarithmic:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from megatron_prime.algorithm.prm_loss import prm_ce_loss
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
+from megatron_prime.algorithm.prm_loss import Tangent, prm_ce_loss, sequence_loss
 
 
 def loss_and_gradient(prm, ref, mask, outcomes, beta):
@@ -121,3 +124,89 @@ def test_an_empty_response_is_refused(golden):
     mask[6] = False
     with pytest.raises(ValueError, match=r"1 rows without a token \(first: \[6\]\)"):
         prm_ce_loss(golden.prm, golden.ref, mask, golden.outcomes, golden.beta)
+
+
+LOSSES = ["ce", "ce_hard", "dpo", "nca", "kto"]
+
+
+def rewards_of(vectors, factor=1):
+    return factor * implicit_rewards(vectors.prm, vectors.ref, vectors.mask, vectors.beta).sum(1)
+
+
+@pytest.mark.parametrize("factor", [1, -20])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_sequence_rewards_by_value_and_slope(golden, loss, factor):
+    """At -20 the right responses' mean reward is above 0, so KTO's z takes part."""
+    wanted = golden.raw(f"prm_loss.{loss}.at_{factor}")
+    rewards = rewards_of(golden, factor).requires_grad_()
+    value = sequence_loss(rewards, golden.outcomes, 4, loss)
+    value.backward()
+    assert value.item() == pytest.approx(wanted["loss"], rel=0, abs=1e-10)
+    assert rewards.grad.tolist() == pytest.approx(wanted["slopes"], rel=0, abs=1e-10)
+
+
+def test_ktos_mean_rewards_have_taken_part(golden):
+    rewards, right = rewards_of(golden, -20), golden.outcomes == 1
+    assert min(rewards[right].mean(), rewards[~right].mean()) > 0.5
+
+
+def test_losses_of_pairs_are_other_peoples(shared):
+    """Of binary outcomes. Their KTO has each response once for each of its pairs."""
+    wanted, rewards = shared.raw("offline_losses"), rewards_of(shared)
+    binary = (shared.outcomes == 1).double()
+    for loss in ("dpo", "nca"):
+        found = sequence_loss(rewards, binary, 4, loss).item()
+        assert found == pytest.approx(wanted[loss], abs=1e-10)
+    rows = torch.tensor(wanted["pairs"]).flatten()
+    kto = sequence_loss(rewards[rows], binary[rows], 1, "kto").item()
+    assert kto == pytest.approx(wanted["kto"], abs=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[8], [1, 7], [3, 3, 2], [1] * 8])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parts_of_a_tangent_have_the_whole_losss_value_and_gradient(golden, loss, sizes):
+    """Its parts are shuffled, as ranks and micro-batches may share a mini-batch."""
+    wanted = golden.raw(f"prm_loss.{loss}.at_1")
+    prm = golden.prm.clone().requires_grad_()
+    tangent = Tangent.of(rewards_of(golden), golden.outcomes, 4, loss)
+    total = 0.0
+    for rows in torch.tensor([5, 2, 7, 0, 3, 6, 1, 4]).split(sizes):
+        rewards = implicit_rewards(prm[rows], golden.ref[rows], golden.mask[rows], golden.beta)
+        part = tangent.part(rewards.sum(dim=1), rows)
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(wanted["loss"], abs=1e-10)
+    slopes = torch.tensor(wanted["slopes"], dtype=torch.float64)
+    gradient = golden.beta * slopes[:, None] * golden.mask
+    torch.testing.assert_close(prm.grad, gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "nca"])
+def test_groups_without_a_difference_teach_nothing(loss):
+    """Two groups of two; only the second has a pair, and alone it has the same loss."""
+    rewards, outcomes = torch.tensor([3.0, -1.0, 0.5, 0.2]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    alone = sequence_loss(rewards[2:], outcomes[2:], 2, loss)
+    assert torch.equal(sequence_loss(rewards, outcomes, 2, loss), alone)
+    tangent = Tangent.of(rewards[:2], outcomes[:2], 2, loss)
+    assert tangent.loss == 0
+    assert tangent.slopes.tolist() == [0, 0]
+
+
+def test_kto_of_one_side_alone_has_no_mean_of_the_other():
+    found = sequence_loss(torch.tensor([0.0, 2.0]), torch.ones(2), 2, "kto")
+    assert found.item() == pytest.approx((0.5 + 1 - 1 / (1 + math.exp(-2))) / 2)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dpo", "nca"])
+def test_a_wrong_and_confident_prm_keeps_its_slope(loss):
+    tangent = Tangent.of(torch.tensor([-90.0, 90.0]), torch.tensor([1.0, 0.0]), 2, loss)
+    assert tangent.loss > 40
+    assert tangent.slopes[0] < -0.4
+    assert tangent.slopes[1] > 0.4
+
+
+def test_partial_groups_are_refused(golden):
+    with pytest.raises(ValueError, match=r"values of shape \[7\] and group_size 4"):
+        sequence_loss(rewards_of(golden)[:7], golden.outcomes[:7], 4, "dpo")
+    with pytest.raises(ValueError, match=r"sequence_rewards: found shape \[7\], wanted \[8\]"):
+        sequence_loss(rewards_of(golden)[:7], golden.outcomes, 4, "dpo")

@@ -171,7 +171,7 @@ def assemble(batch: RolloutBatch, grid: Grid) -> None:
 
 
 def of_models(scored: Any, trained: TrainBatch, update: PolicyUpdate, config: RunConfig) -> None:
-    figures.of_prm(scored, scored.ref_logprobs, None)
+    figures.of_prm(config.prm, scored, scored.ref_logprobs, None, 0)
     figures.of_batch(trained, update, config)
 
 

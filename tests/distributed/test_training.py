@@ -29,6 +29,7 @@ KL = {"tied": "k3", "untied": "k1", "qwen3": "k2"}
 CLIP_HIGH = {"tied": None, "untied": 0.02, "qwen3": 0.1}
 DUAL_CLIP = {"tied": 1.6, "untied": None, "qwen3": 1.15}
 CAP = 1.2
+COMPARED = {"tied": ["dpo", "ce_hard"], "untied": ["nca"], "qwen3": ["kto"]}  # PRM losses
 
 
 def make_job() -> dict[str, Any]:
@@ -44,12 +45,15 @@ def make_job() -> dict[str, Any]:
         ids = torch.randint(0, 61, (prompt + response,), generator=generator)
         sequences.append((ids.tolist(), prompt))
     width = max(len(ids) - prompt for ids, prompt in sequences)
+    outcomes = torch.rand(ROWS, generator=generator).round(decimals=1)
     # An epsilon far above the gradients' noise, or Adam would turn rounding into whole steps.
     common = {"eps": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.1, "warmup_steps": 2}
     return {
         "sequences": sequences,
         "group_size": GROUP,
-        "outcomes": torch.rand(ROWS, generator=generator).round(decimals=1),
+        "outcomes": outcomes,
+        "verdicts": torch.where(outcomes < 0.6, outcomes, 1.0),  # some responses are right
+        "compared": COMPARED,
         "advantages": torch.randn(ROWS, width, generator=generator),
         # Of an engine that is not far from random weights over 61 tokens.
         "rollout_logprobs": -4.7 + 0.3 * torch.randn(ROWS, width, generator=generator),
@@ -134,23 +138,11 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         ref = [frozen.forward(*row)[0] for row in sequences]
 
-    prm, beta = Reference(hf_dir, job["prm"], 1.0), job["prm"]["beta"]
-    prm_losses, prm_forward = [], []
-    for _ in range(UPDATES):
-        prm.begin_update()
-        seen = []
-        for start in range(0, ROWS, job["prm"]["mini_batch_size"]):
-            rows = range(start, start + job["prm"]["mini_batch_size"])
-            total = torch.zeros(())
-            for row in rows:
-                logprobs, _ = prm.forward(*sequences[row])
-                seen.append(logprobs.detach())
-                chance = torch.sigmoid(beta * (logprobs - ref[row]).sum())
-                y = outcomes[row]
-                total = total - (y * chance.log() + (1 - y) * (1 - chance).log()) / len(rows)
-            prm_losses.append((float(total.detach()), prm.step(total)))
-        prm_forward.append(seen)
-
+    prm, prm_losses, prm_forward = trained_prm(hf_dir, job, ref, "ce", outcomes)
+    compared = {
+        loss: trained_prm(hf_dir, job, ref, loss, job["verdicts"].tolist())
+        for loss in job["compared"][hf_dir.name]
+    }
     policy_knobs = job["policy"][hf_dir.name]
     policy, knobs = Reference(hf_dir, policy_knobs, job["temperature"]), policy_knobs["loss"]
     with torch.no_grad():
@@ -194,8 +186,68 @@ def expected(hf_dir: Path, job: dict[str, Any]) -> dict[str, Any]:
         "policy_losses": policy_losses,
         "importance": figures,
         "prm": prm.model.state_dict(),
+        "compared": {
+            name: (losses, model.model.state_dict())
+            for name, (model, losses, _) in compared.items()
+        },
         "policy": policy.model.state_dict(),
     }
+
+
+def trained_prm(
+    hf_dir: Path, job: dict[str, Any], ref: list[torch.Tensor], loss: str, outcomes: list[float]
+) -> tuple[Reference, list[tuple[float, float]], list[list[torch.Tensor]]]:
+    """A PRM after its updates, each step's loss and gradient norm, its training forwards."""
+    prm, beta = Reference(hf_dir, job["prm"], 1.0), job["prm"]["beta"]
+    steps, forwards = [], []
+    for _ in range(UPDATES):
+        prm.begin_update()
+        seen = []
+        for start in range(0, ROWS, job["prm"]["mini_batch_size"]):
+            rows = range(start, start + job["prm"]["mini_batch_size"])
+            rewards = {}
+            for row in rows:
+                logprobs, _ = prm.forward(*job["sequences"][row])
+                seen.append(logprobs.detach())
+                rewards[row] = beta * (logprobs - ref[row]).sum()
+            total = prm_loss(loss, rewards, outcomes)
+            steps.append((float(total.detach()), prm.step(total)))
+        forwards.append(seen)
+    return prm, steps, forwards
+
+
+def prm_loss(name: str, rewards: dict[int, torch.Tensor], outcomes: list[float]) -> torch.Tensor:
+    """A mini-batch's loss, through plain sigmoids, of rewards by row."""
+    chance = torch.sigmoid
+    pairs = [
+        (rewards[a], rewards[b])
+        for a, b in product(rewards, repeat=2)
+        if a // GROUP == b // GROUP and outcomes[a] > outcomes[b]
+    ]
+    if name in ("ce", "ce_hard"):
+        label = {
+            row: outcomes[row] if name == "ce" else float(outcomes[row] == 1) for row in rewards
+        }
+        terms = [
+            -(label[row] * chance(r).log() + (1 - label[row]) * (1 - chance(r)).log())
+            for row, r in rewards.items()
+        ]
+    elif name == "dpo":
+        terms = [-chance(a - b).log() for a, b in pairs]
+    elif name == "nca":
+        terms = [
+            -chance(a).log() - 0.5 * chance(-a).log() - 0.5 * chance(-b).log() for a, b in pairs
+        ]
+    else:
+        right = [row for row in rewards if outcomes[row] == 1]
+        wrong = [row for row in rewards if outcomes[row] != 1]
+        z_right, z_wrong = (
+            max(0.0, sum(float(rewards[row].detach()) for row in side) / max(1, len(side)))
+            for side in (right, wrong)
+        )
+        terms = [1 - chance(rewards[row] - z_wrong) for row in right]
+        terms += [1 - chance(z_right - rewards[row]) for row in wrong]
+    return torch.stack(terms).mean()
 
 
 def importance_of(
@@ -296,6 +348,27 @@ def test_losses_and_gradient_norms(
         loss, norm = (sum(values) / per_update for values in zip(*part, strict=True))
         assert math.isclose(metrics[f"{role}/loss"], loss, abs_tol=1e-5)
         assert math.isclose(metrics[f"{role}/grad_norm"], norm, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp1", "tp1-pp2"])
+def test_prm_losses_that_compare_responses(
+    folder: Path, truths: dict[str, Any], name: str, layout: str
+) -> None:
+    """A group's responses, and a mini-batch's, lie on several ranks and in several packs."""
+    found = torch.load(folder / f"{name}-{layout}.pt", weights_only=False)["compared"]
+    assert list(found) == COMPARED[name]
+    start = tiny_models_weights(folder / name)
+    for loss, (metrics, weights) in found.items():
+        steps, truth = truths[name]["compared"][loss]
+        for tensor, value in weights.items():
+            torch.testing.assert_close(value, truth[tensor], atol=2e-5, rtol=0, msg=tensor)
+        assert max(float((weights[n] - start[n]).abs().max()) for n in start) > 1e-3
+        per_update = len(steps) // UPDATES
+        for update, shown in enumerate(metrics):
+            part = steps[update * per_update : (update + 1) * per_update]
+            value, norm = (sum(values) / per_update for values in zip(*part, strict=True))
+            assert shown["prm/loss"] == pytest.approx(value, abs=1e-5)
+            assert shown["prm/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_importance_weights_are_shown(

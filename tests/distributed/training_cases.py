@@ -57,6 +57,7 @@ from megatron_prime.weights.load import load_hf  # noqa: E402
 TIMEOUT_S = 120
 UPDATES = 2
 SCORED_TWICE = (ParallelSizes(tp=2), ParallelSizes(pp=2))
+COMPARED = (ParallelSizes(), ParallelSizes(tp=2), ParallelSizes(pp=2))  # by the other PRM losses
 
 
 def main(folder: Path) -> None:
@@ -116,6 +117,15 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
             engine = TrainableEngine(model(), shape, policy_knobs, job["temperature"], 1, exact)
             other = MegatronPolicy(engine, policy_knobs, job["seed"], guard(hf_dir, "policy"))
             scoring[what] = first_update(other, job, what == "all rows")
+    compared = {}
+    if sizes in COMPARED:
+        for prm_loss in job["compared"][hf_dir.name]:
+            knobs = prm_knobs.model_copy(update={"loss": prm_loss})
+            engine = TrainableEngine(model(), shape, knobs, 1.0, UPDATES, exact)
+            other, verdicts = MegatronPrm(engine, knobs, of_prm), job["verdicts"]
+            judged = replace(scored, rollouts=replace(rollouts, outcome_rewards=verdicts))
+            found = [other.update(judged).metrics for _ in range(UPDATES)]
+            compared[prm_loss] = (found, dict(gather_hf_tensors(engine.modules, shape)))
     halves = TrainableEngine(model(half), shape, prm_knobs, 1.0, UPDATES, half)
     half_updates = [MegatronPrm(halves, prm_knobs, of_prm).update(scored) for _ in range(UPDATES)]
     return {
@@ -129,6 +139,7 @@ def train(hf_dir: Path, job: dict[str, Any], sizes: ParallelSizes) -> dict[str, 
         "policy_metrics": [trained.metrics, again.metrics],
         "version": policy.version,
         "scoring": scoring,
+        "compared": compared,
         "bf16": dict(gather_hf_tensors(halves.modules, shape)),
         "bf16_metrics": [update.metrics for update in half_updates],
         "masters": {p.dtype for g in halves.optimizer.param_groups for p in g["params"]},

@@ -164,6 +164,66 @@ def prm(batch):
     }
 
 
+def prm_losses(batch):
+    """Each loss of sequence rewards R, and dL/dR, at the inputs' R and at -20 times it."""
+    sums = [math.fsum(row) for row in implicit(batch, batch.beta)]
+    found = {}
+    for factor in (1, -20):
+        rewards = [factor * x for x in sums]
+        for name, (loss, slopes) in losses_of(batch, rewards, batch.outcomes).items():
+            found[f"prm_loss.{name}.at_{factor}"] = {"loss": loss, "slopes": slopes}
+    binary = [float(o == 1) for o in batch.outcomes]
+    of_pairs = losses_of(batch, sums, binary)
+    found["offline_losses"] = {name: of_pairs[name][0] for name in ("dpo", "nca")}
+    return found
+
+
+def losses_of(batch, rewards, outcomes):
+    """Loss and slopes by name."""
+    n = len(rewards)
+    right = [float(o == 1) for o in outcomes]
+    pairs = [(a, b) for a in batch.rows for b in batch.group(a) if outcomes[a] > outcomes[b]]
+    dpo, nca = [0.0] * n, [0.0] * n
+    for a, b in pairs:
+        wrong = sigmoid(rewards[b] - rewards[a]) / len(pairs)
+        dpo[a] -= wrong
+        dpo[b] += wrong
+        nca[a] += (0.5 * sigmoid(rewards[a]) - sigmoid(-rewards[a])) / len(pairs)
+        nca[b] += 0.5 * sigmoid(rewards[b]) / len(pairs)
+    of_right = max(0.0, mean(r for r, y in zip(rewards, right, strict=True) if y))
+    of_wrong = max(0.0, mean(r for r, y in zip(rewards, right, strict=True) if not y))
+    chances = [
+        sigmoid(r - of_wrong) if y else sigmoid(of_right - r)
+        for r, y in zip(rewards, right, strict=True)
+    ]
+
+    def surprise(x):
+        return cross_entropy(x, 1.0)
+
+    return {
+        "ce": (
+            mean(map(cross_entropy, rewards, outcomes)),
+            [(sigmoid(r) - y) / n for r, y in zip(rewards, outcomes, strict=True)],
+        ),
+        "ce_hard": (
+            mean(map(cross_entropy, rewards, right)),
+            [(sigmoid(r) - y) / n for r, y in zip(rewards, right, strict=True)],
+        ),
+        "dpo": (mean(surprise(rewards[a] - rewards[b]) for a, b in pairs), dpo),
+        "nca": (
+            mean(
+                surprise(rewards[a]) + (surprise(-rewards[a]) + surprise(-rewards[b])) / 2
+                for a, b in pairs
+            ),
+            nca,
+        ),
+        "kto": (
+            mean(1 - p for p in chances),
+            [(1 - 2 * y) * p * (1 - p) / n for p, y in zip(chances, right, strict=True)],
+        ),
+    }
+
+
 def pair_accuracies(batch, sums):
     """Of each group: weighted by the outcome difference, a tie in sums meaning "not greater"."""
     found = []
@@ -253,8 +313,8 @@ def expected(inputs):
     from variants import estimators, policy_losses  # beside this file
 
     batch = Batch(inputs)
-    values = prm(batch) | advantages(batch) | mismatch(batch) | returns(batch) | windows()
-    values |= estimators(batch)
+    values = prm(batch) | prm_losses(batch) | advantages(batch) | mismatch(batch) | returns(batch)
+    values |= windows() | estimators(batch)
     weights = values["rloo.released.advantage"]
     return values | policy(batch, weights) | policy_losses(batch, weights)
 

@@ -143,6 +143,28 @@ def test_a_run_on_outcomes_alone_has_one_model(tmp_path: Path) -> None:
     assert "update_prm" not in {phase.phase for phase in plan.phases}
 
 
+def test_a_policy_that_is_the_reference_leaves_out_a_model(tmp_path: Path) -> None:
+    cache = {"max_total_tokens": 1000}
+    three = plan_8b(tmp_path, sglang=cache).ranks[0].kept
+    two = plan_8b(tmp_path, sglang=cache, prm={"reference": "policy"}).ranks[0].kept
+    gone = three.keys() - two.keys()
+    assert gone == {"reference.weights", "reference.fp8_copies"}
+    assert two == {name: n for name, n in three.items() if name not in gone}
+
+
+def test_a_frozen_prm_has_no_optimizer(tmp_path: Path) -> None:
+    """It is as large as the reference, and waits on the host as that does."""
+    plan = plan_8b(tmp_path, True, prm={"forward": "frozen"})
+    kept = plan.ranks[0].kept
+    of_prm = {name: n for name, n in kept.items() if name.startswith("prm.")}
+    assert of_prm.keys() == {"prm.weights", "prm.fp8_copies"}
+    assert kept["prm.weights"] == kept["reference.weights"] > 0
+    assert "prm.activations" not in plan.ranks[0].work
+    assert plan.ranks[0].work["prm.scoring"] > 0
+    one_trained = 8_030_261_248 * (12 / 8 + 2 * 2 / 4)
+    assert plan.host_bytes == pytest.approx(one_trained, rel=1e-3)
+
+
 def test_ranks_that_do_not_fit_a_replica_are_refused(tmp_path: Path) -> None:
     config = run_config(tmp_path, megatron={"tensor_model_parallel_size": 2})
     with pytest.raises(ConfigError, match="found 3 ranks, wanted a multiple of the 2"):

@@ -72,6 +72,31 @@ def test_forwards_of_scoring(
     assert forwards(config, "update_policy") == pytest.approx(3, rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss", "expected"), [("ce_hard", 3), ("dpo", 4), ("nca", 4), ("kto", 4)])
+def test_losses_that_compare_responses_cost_a_forward(
+    loss: str, expected: int, tmp_path: Path
+) -> None:
+    config = run_8b(tmp_path, prm={"loss": loss})
+    assert forwards(config, "update_prm") == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mini_batch", [256, 1024])
+def test_a_policy_that_is_the_reference_is_scored_whole(mini_batch: int, tmp_path: Path) -> None:
+    policy = {"mini_batch_size": mini_batch}
+    config = run_8b(tmp_path, policy=policy, prm={"reference": "policy"})
+    assert forwards(config, "score") == pytest.approx(1, rel=1e-3)
+    assert forwards(config, "update_prm") == pytest.approx(3, rel=1e-3)
+
+
+def test_a_frozen_prm_is_a_forward(tmp_path: Path) -> None:
+    config = run_8b(tmp_path, prm={"forward": "frozen"})
+    assert forwards(config, "update_prm") == pytest.approx(1, rel=1e-3)
+    waiting = step(config, table=NEEDED).of("update_prm")
+    assert waiting is not None
+    weights = 2 * 8_030_261_248 / 2  # bf16, over two ranks; they come and are never written
+    assert waiting.moves == {"pcie": pytest.approx(weights / H100.pcie, rel=1e-3)}
+
+
 def test_an_fp8_prm_looks_once_without(tmp_path: Path) -> None:
     plain, fp8 = (run_8b(tmp_path, precision={"prm": {"fp8": kind}}) for kind in (None, "hybrid"))
     a_quarter = run_8b(tmp_path, precision={"prm": {"fp8": "hybrid"}}, prm={"mini_batch_size": 512})
