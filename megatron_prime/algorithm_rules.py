@@ -109,7 +109,7 @@ def _policy_loss(config: RunConfig) -> Iterator[str]:
         yield (
             f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with prm.reference = "
             '"policy": the only other log-probs are those of the policy before the update, which '
-            'the clip holds it to; set it to 0, or prm.reference = "sft"'
+            'the clip holds it to; set it to 0, or prm.reference = "frozen"'
         )
     if config.rollout.temperature != 1:
         yield (
