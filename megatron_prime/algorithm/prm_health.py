@@ -56,7 +56,8 @@ def prm_health(
 def calibration_error(chances: Tensor, outcomes: Tensor) -> float:
     """Expected calibration error of `chances` [N] in equal bins: sum_b |sum_b (p - o)| / N."""
     bins = (chances * BINS).long().clamp(0, BINS - 1)
-    gaps = torch.zeros(BINS, dtype=chances.dtype).index_add_(0, bins, chances - outcomes)
+    differences = chances.double() - outcomes.double()
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, differences)
     return float(gaps.abs().sum() / len(chances))
 
 

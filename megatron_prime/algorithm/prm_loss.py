@@ -59,9 +59,9 @@ def sequence_loss(
 
     A pair (w, l) are two responses of a group with o_w > o_l; all pairs of all groups count alike,
     and without any the loss is 0. In kto, z_w and z_l stand for the KL divergence: the mean R of
-    the right and of the wrong responses, 0 if it is negative or there are none, without gradient
-    (the in-batch estimate of the implicit PRM's authors, arXiv 2412.01981). Raises ValueError for
-    partial groups, shapes that differ and outcomes outside [0, 1].
+    the right and of the wrong responses, 0 if it is negative or there are none (the in-batch
+    estimate of the implicit PRM's authors, arXiv 2412.01981), without gradient as in KTO's paper.
+    Raises ValueError for partial groups, shapes that differ and outcomes outside [0, 1].
     """
     if sequence_rewards.shape != outcome_rewards.shape:
         raise ValueError(
