@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from megatron_prime.config import RunConfig
 from megatron_prime.known_sets import how_to_bring, max_tokens_of
@@ -53,17 +55,41 @@ def command_problems(config: RunConfig, check_model: CheckModel) -> Iterator[str
         )
     if not knobs.prm.is_dir():
         yield f"evaluate.prm: no directory {knobs.prm}; wanted {_CHECKPOINT}"
-    elif knobs.reference is None and not (knobs.prm / "run.json").exists():
-        yield (
-            f"evaluate.reference: missing, and {knobs.prm} is no run's checkpoint that would name "
-            "it; set it to the checkpoint that the PRM was started from"
-        )
+    elif knobs.reference is None and (why := unnamed_reference(knobs.prm)):
+        yield f"evaluate.reference: missing, and {why}"
     room = config.prm.micro_batch_tokens * config.parallel.cp
     if sum(longest(config).values()) > room:
         yield (
             f"prm.micro_batch_tokens: found {config.prm.micro_batch_tokens}, wanted room for one "
             f"sequence of {' + '.join(longest(config))} = {sum(longest(config).values())} tokens"
         )
+
+
+def unnamed_reference(prm: Path) -> str:
+    """Why a PRM's directory doesn't say what its log-ratio is to; nothing if it does: then it is
+    the `model.hf` that its run started from."""
+    path = prm / "run.json"
+    if not path.exists():
+        return (
+            f"{prm} is no run's checkpoint that would name it; set it to the checkpoint that the "
+            "PRM was started from"
+        )
+    try:
+        made_with = json.loads(path.read_text())["config"].get("prm", {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path} is damaged; bring it back from a copy, or set it"
+    if made_with.get("reference") == "policy":
+        return (
+            f'{prm} was trained with prm.reference = "policy": its log-ratio is to a policy that '
+            "changed at every step, not to the run's model.hf; set it to the policy of that step "
+            "as a Hugging Face checkpoint"
+        )
+    if made_with.get("forward") == "frozen":
+        return (
+            f'{prm} is of a run with prm.forward = "frozen": its PRM came from elsewhere, and so '
+            "did what it was trained against; set it to that, and evaluate.prm to the run's prm.hf"
+        )
+    return ""
 
 
 _CHECKPOINT = "a Hugging Face checkpoint or a run's checkpoints/step_…"

@@ -189,7 +189,8 @@ class EvaluateSection(Section):
     `checkpoints/step_…`; `[prm]`, `[precision]` and `[megatron]` say how it is loaded."""
     reference: FilePath | None = None
     """Hugging Face checkpoint of the reference in the PRM's log-ratio; not set: the `model.hf` of
-    the run that `prm` is a checkpoint of."""
+    the run that `prm` is a checkpoint of, unless that had `prm.reference = "policy"` or
+    `prm.forward = "frozen"`."""
     chunk: Positive = 64
     """Problems that are answered and written together: a killed evaluation loses at most these, and
     with more the engines are busy with fewer gaps."""

@@ -382,6 +382,32 @@ def test_knobs_of_sets_that_do_not_go_together(config, tmp_path):
     assert found.startswith(f"evaluate.policy: no directory {tmp_path}/none")
 
 
+@pytest.mark.parametrize(
+    ("made_with", "told"),
+    [
+        ({"prm": {"reference": "policy"}}, "to a policy that changed at every step"),
+        ({"prm": {"forward": "frozen"}}, "its PRM came from elsewhere"),
+        ({"prm": {"reference": "frozen", "forward": "single"}}, None),
+        ({}, None),  # a run of before there was a choice
+        (None, "is damaged"),
+    ],
+)
+def test_a_run_names_its_prms_reference_only_if_that_was_its_start(
+    config, tmp_path, made_with, told
+):
+    (tmp_path / "prm" / "run.json").write_text(json.dumps({"config": made_with}))
+    knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
+    ranked = {**knobs, "prm": tmp_path / "prm"}
+    found = problems(config(evaluate=ranked), "evaluate", 1)
+    if told is None:
+        assert found == []
+    else:
+        assert found[0].startswith("evaluate.reference: missing, and ")
+        assert told in found[0]
+    named = {**ranked, "reference": tmp_path / "model"}
+    assert problems(config(evaluate=named), "evaluate", 1) == []
+
+
 def test_a_prm_that_ranks_is_split_as_megatron_says(config, tmp_path):
     knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
     ranked = {**knobs, "prm": tmp_path / "prm", "reference": tmp_path / "model"}
