@@ -99,13 +99,7 @@ def _tables(greedy: Mapping[str, Result]) -> list[str]:
     for title, table in (("Table 2", paper.TABLE2), ("Table 3", paper.TABLE3)):
         lines.append(f"| *{title}* |{' |' * (len(titles) + 2)}")
         lines += [_paper_row(row) for row in table]
-    lines += ["", f"{NONE}: no number. Own average: only of all seven sets."]
-    for name, result in greedy.items():
-        if name in KNOWN_SETS and result.problems != KNOWN_SETS[name].problems:
-            lines.append(
-                f"{KNOWN_SETS[name].title} (\\*): {result.problems} problems here, "
-                f"{KNOWN_SETS[name].problems} in the paper."
-            )
+    lines += ["", f"{NONE}: no number. Own average: only of all seven sets.", *_notes(greedy)]
     for row in _wrong_averages():
         lines.append(
             f"{row.method}, step {row.step} (†): the paper prints {row.average}, its cells give "
@@ -117,16 +111,28 @@ def _tables(greedy: Mapping[str, Result]) -> list[str]:
 def _own_row(shares: Mapping[str, float], results: Mapping[str, Result]) -> str:
     cells = []
     for name in paper.SETS:
-        star = "\\*" if name in results and _differs(name, results[name]) else ""
+        star = _star(name, results[name]) if name in results else ""
         cells.append(f"{100 * shares[name]:.1f}{star}" if name in shares else NONE)
     values = [shares[name] for name in paper.SETS if name in shares]
     whole = len(values) == len(paper.SETS)
-    average = f"{100 * sum(values) / len(values):.1f}" if whole else NONE
+    star = max(_star(name, results[name]) for name in paper.SETS) if whole else ""
+    average = f"{100 * sum(values) / len(values):.1f}{star}" if whole else NONE
     return f"| **this model** | {NONE} | {' | '.join(cells)} | {average} |"
 
 
-def _differs(name: str, result: Result) -> bool:
-    return result.problems != KNOWN_SETS[name].problems
+def _star(name: str, result: Result) -> str:
+    """The mark of figures over other problems than the paper's."""
+    return "" if result.problems == KNOWN_SETS[name].problems else "\\*"
+
+
+def _notes(results: Mapping[str, Result]) -> list[str]:
+    """What the stars mean, a line for each set that has one."""
+    return [
+        f"{KNOWN_SETS[name].title} (\\*): {result.problems} problems here, "
+        f"{KNOWN_SETS[name].problems} in the paper."
+        for name, result in results.items()
+        if name in KNOWN_SETS and _star(name, result)
+    ]
 
 
 def _paper_row(row: paper.PaperRow) -> str:
@@ -141,12 +147,20 @@ def _wrong_averages() -> list[paper.PaperRow]:
 
 def _sampled(sampled: Mapping[str, Result]) -> list[str]:
     cells = []
+    shown = {
+        name: sampled[name]
+        for name in ("aime2024", "amc")
+        if name in sampled and "avg@16" in sampled[name].figures
+    }
     for name in ("aime2024", "amc"):
-        figure = sampled[name].figures.get("avg@16") if name in sampled else None
-        cells.append(NONE if figure is None else f"{100 * figure.value:.1f}")
+        found = shown.get(name)
+        share = f"{100 * found.figures['avg@16'].value:.1f}{_star(name, found)}" if found else NONE
+        cells.append(share)
+    notes = _notes(shown)
     return [
         "| method | step | AIME 2024 | AMC |",
         "|---|---|---|---|",
         f"| **this model** | {NONE} | {' | '.join(cells)} |",
         *(f"| {m} | {step} | {aime} | {amc} |" for m, step, aime, amc in paper.AVERAGE_OF_16),
+        *(["", *notes] if notes else []),
     ]

@@ -49,6 +49,16 @@ def test_all_seven_sets_have_an_average(greedy):
     assert row == f"| **this model** | — | {' | '.join(shares)} | {mean:.1f} |"
 
 
+def test_the_average_over_a_set_that_is_not_the_papers_is_starred(greedy):
+    counts = {name: KNOWN_SETS[name].problems for name in SETS} | {"minerva": 20}
+    results = {name: {"greedy": greedy(count, 12)} for name, count in counts.items()}
+    shares = [f"{1200 / counts[n]:.1f}" + "\\*" * (n == "minerva") for n in SETS]
+    mean = sum(1200 / count for count in counts.values()) / 7
+    text = as_markdown(results, ABOUT)
+    assert own_row(text) == f"| **this model** | — | {' | '.join(shares)} | {mean:.1f}\\* |"
+    assert text.count("Minerva Math (\\*): 20 problems here, 272 in the paper.") == 1
+
+
 def test_a_set_that_is_missing_has_no_number_and_there_is_no_average(greedy):
     results = {"aime2024": {"greedy": greedy(30, 6)}, "amc": {"greedy": greedy(40, 10)}}
     text = as_markdown(results, ABOUT)
@@ -73,5 +83,10 @@ def test_the_row_that_does_not_add_up_is_marked(greedy):
 def test_the_mean_of_sixteen_stands_beside_the_papers(make_record):
     records = [make_record([1.0] * 4 + [0.0] * 12, ["4"] * 16)]
     text = as_markdown({"amc": {"sampled": result_of(records, "sampled", "math", 0)}}, ABOUT)
+    assert "| **this model** | — | — | 25.0\\* |" in text
+    assert "AMC (\\*): 1 problems here, 83 in the paper." in text
+    whole = [make_record([1.0] * 4 + [0.0] * 12, ["4"] * 16, name=f"p{i}") for i in range(83)]
+    text = as_markdown({"amc": {"sampled": result_of(whole, "sampled", "math", 0)}}, ABOUT)
     assert "| **this model** | — | — | 25.0 |" in text
+    assert "(\\*)" not in text
     assert "| PRIME | 592 | 24.2 | 54.5 |" in text
