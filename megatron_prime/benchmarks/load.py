@@ -49,7 +49,8 @@ def load_set(
     """The first `max_prompts` problems of a file (0: all); `prompt_id` is the row's number, from 0.
 
     Raises DataError, with the form that is wanted, for rows of another, for problems of more than
-    `max_prompt_length` tokens, without a verifier, or of the same id.
+    `max_prompt_length` tokens, without a verifier, of the same id, or of
+    two abilities.
     """
     check_tokenizer(tokenizer)
     known = KNOWN_SETS.get(name, _ANY)
@@ -88,6 +89,12 @@ def _unfit(
         )
     if other := {p.ability for p in prompts} - {known.ability or p.ability for p in prompts}:
         return f"found problems of ability {sorted(other)}, wanted {known.ability!r}"
+    abilities = Counter(prompt.ability for prompt in prompts)
+    if len(abilities) > 1:  # votes exist of mathematics alone
+        return (
+            f"found {dict(abilities)} problems in one set, wanted one ability, for maj@k is of "
+            "mathematics alone; split the file into a set for each"
+        )
     lengths = [len(prompt.token_ids) for prompt in prompts]
     if max(lengths) > max_prompt_length:
         longer = sum(length > max_prompt_length for length in lengths)

@@ -54,7 +54,8 @@ def test_fields_of_mathematics(loaded, row, id_, gold):
 
 def test_the_papers_prompt(loaded, with_code):
     rows = [{"problem": "p", "answer": "4"}, {"problem": "q", "tests": TESTS, "id": "t"}]
-    texts = ["".join(map(chr, p.token_ids)) for p in loaded(rows, template="prime").prompts]
+    prompts = [loaded([row], template="prime").prompts[0] for row in rows]
+    texts = ["".join(map(chr, prompt.token_ids)) for prompt in prompts]
     system = f"<system>{PRIME_SYSTEM_PROMPT}"
     assert texts == [
         f"{system}<user>p{MATH_SUFFIX}<assistant>",
@@ -107,6 +108,15 @@ def test_an_ability_nobody_checks_is_refused(loaded, monkeypatch):
     monkeypatch.setattr(load, "SUPPORTED_ABILITIES", ("math",))
     with pytest.raises(DataError, match="'code': 1} problems without a verifier"):
         loaded([{"problem": "p", "tests": TESTS}])
+
+
+def test_a_set_is_of_one_ability(loaded, with_code):
+    rows = [{"problem": "p", "answer": "4"}] + [{"problem": "q", "tests": TESTS}] * 2
+    for mixed in (rows, rows[::-1]):
+        with pytest.raises(DataError, match="problems in one set, wanted one ability"):
+            loaded(mixed)
+    assert len(loaded(rows, first=1).prompts) == 1
+    assert len(loaded(rows[1:]).prompts) == 2
 
 
 def test_a_known_set_has_its_ability(loaded, with_code):
