@@ -15,6 +15,8 @@ from megatron_prime.config import RunConfig
 from megatron_prime.data.prompts import fingerprint
 from megatron_prime.types import EvalSet, Sampling, VerifiedGroup
 
+ROOM = ("mem_fraction_static", "max_running_requests", "max_total_tokens", "chunked_prefill_size")
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -39,7 +41,10 @@ def tasks_of(config: RunConfig, folder: Path, sets: Sequence[EvalSet], rank: int
         kinds = {"greedy": evaluation.greedy(problems.max_tokens)} if knobs.greedy else {}
         if knobs.samples:
             kinds["sampled"] = Sampling(
-                knobs.samples, knobs.temperature, problems.max_tokens, config.sampling_seed(0, 0)
+                knobs.samples,
+                knobs.temperature,
+                problems.max_tokens,
+                seed_of(config, problems.name),
             )
         for kind, sampling in kinds.items():
             path = folder / problems.name / f"{kind}.jsonl"
@@ -50,9 +55,22 @@ def tasks_of(config: RunConfig, folder: Path, sets: Sequence[EvalSet], rank: int
     return tasks
 
 
+def seed_of(config: RunConfig, name: str) -> int:
+    """Of a set's samples: below it random numbers belong to rows, and the row of one set must not
+    share its noise with the same row of another."""
+    noise = hashlib.blake2b(f"{config.sampling_seed(0, 0)} {name}".encode(), digest_size=6)
+    return int.from_bytes(noise.digest())
+
+
 def options_of(config: RunConfig, problems: EvalSet, sampling: Sampling) -> dict[str, Any]:
-    """All that decides on the answers, but for rounding."""
+    """All that decides on the answers and their scores, but for rounding.
+
+    `[sglang]` goes in whole but for what only shares out room: nobody can say what an option of
+    SGLang's does to an answer, and what an evaluation died of must be free to change.
+    """
     policy = config.evaluate.policy or config.model.hf
+    grading = config.verify.model_dump(exclude={"workers"})
+    server = config.sglang if config.rollout.engine == "sglang" else {}
     return {
         "policy": str(policy),
         "weights": identity(policy),
@@ -64,6 +82,8 @@ def options_of(config: RunConfig, problems: EvalSet, sampling: Sampling) -> dict
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
         "seed": sampling.seed,
+        **{f"verify.{name}": value for name, value in grading.items()},
+        **{f"sglang.{name}": value for name, value in server.items() if name not in ROOM},
     }
 
 
