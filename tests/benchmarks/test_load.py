@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prime.benchmarks import load
+from megatron_prime.benchmarks.answers import normalized
 from megatron_prime.benchmarks.load import load_set
 from megatron_prime.data.chat import CODE_SUFFIX, MATH_SUFFIX, PRIME_SYSTEM_PROMPT
 from megatron_prime.data.rows import DataError
@@ -163,9 +164,18 @@ def test_the_first_problems_of_a_set(loaded):
     [("math500", "math500.jsonl"), ("amc", "amc.jsonl"), ("aime2024", "aime.jsonl")],
 )
 def test_the_real_files(tokenizer, name, file):
-    """Every row is read, and the gold answer in a box is right."""
+    """Every row is read, the gold answer in a box is right, and other problems' answers are not."""
     found = load_set(name, REAL / file, tokenizer, "prime", 100_000, 64)
     assert len(found.prompts) == KNOWN_SETS[name].problems
     assert all(grade(rf"\boxed{{{p.ground_truth}}}", p.ground_truth) == 1.0 for p in found.prompts)
+    golds = [prompt.ground_truth for prompt in found.prompts]
+    others = [
+        (theirs, gold)
+        for shift in (1, 2)  # two neighbours each
+        for gold, theirs in zip(golds, golds[shift:] + golds[:shift], strict=True)
+        if normalized(theirs) != normalized(gold)
+    ]
+    assert len(others) > 1.8 * len(golds)
+    assert [pair for pair in others if grade(rf"\boxed{{{pair[0]}}}", pair[1]) != 0.0] == []
     if KNOWN_SETS[name].integers:
         assert all(prompt.ground_truth.lstrip("-").isdigit() for prompt in found.prompts)
