@@ -3,7 +3,8 @@ r"""Benchmark files into prompts; no problem is ever left out silently.
 A row is one of three forms:
 
     {"problem" | "question": text, "answer" | "final_answer": gold, "id": …}       mathematics;
-    {"problem": text, "tests": {"inputs": […], "outputs": […]}, "id": …}           programs;
+    {"problem": text, "tests": {"inputs": […], "outputs": […]}, "id": …}           programs, shown
+                                                             with "starter_code" if there is one;
     the fields of Eurus-2-RL-Data (`data/prompts.py`).
 
 Minerva Math has no gold but the last `\boxed{…}` of its `solution`. A problem that is too long, or
@@ -123,12 +124,22 @@ def _problem(
     text = field(row, "problem" if "problem" in row else "question", str)
     if "tests" in row:
         ability, gold = "code", _tests(row["tests"])
+        text += _starter(row)
     else:
         ability, gold = "math", _gold(row)
         if name in KNOWN_SETS and KNOWN_SETS[name].integers:
             gold = re.sub(r"\.0+$", "", gold)
     messages = build_messages([Message("user", text)], ability, template)
     return id_, Prompt(number, encode_prompt(tokenizer, messages), gold, ability, name)
+
+
+def _starter(row: Row) -> str:
+    """The code to begin with, in the training data's words (`prepare/sources.py`): the tests call
+    a function by the name it has there."""
+    code = row.get("starter_code") or ""
+    if not isinstance(code, str):
+        raise RowError(f"starter_code: found a {type(code).__name__}, wanted text")
+    return f"\n\nStart from this code:\n```python\n{code.strip()}\n```" if code.strip() else ""
 
 
 def _gold(row: Row) -> str:

@@ -71,6 +71,18 @@ def test_programs_keep_their_tests_as_json(loaded, with_code):
         assert (prompt.ability, json.loads(prompt.ground_truth)) == ("code", wanted)
 
 
+def test_a_program_is_shown_what_it_starts_from(loaded, with_code):
+    def shown(**fields):
+        (prompt,) = loaded([{"problem": "p", "tests": TESTS, **fields}]).prompts
+        return "".join(map(chr, prompt.token_ids))
+
+    start = "class Solution:\n    def add(self, a, b):"
+    wanted = f"<user>p\n\nStart from this code:\n```python\n{start}\n```<assistant>"
+    assert shown(starter_code=f"{start}\n        ") == wanted
+    for nothing in ("", " \n", None):
+        assert shown(starter_code=nothing) == "<user>p<assistant>"
+
+
 def test_rows_of_the_training_data_do_as_well(loaded):
     row = {
         "data_source": "numina",
@@ -92,6 +104,7 @@ def test_rows_of_the_training_data_do_as_well(loaded):
         ([{"answer": "4"}], "question: found nothing"),
         ([{"problem": "p", "tests": {"inputs": [1], "outputs": []}}], "of the same length"),
         ([{"problem": "p", "tests": "{"}], "tests: found no JSON"),
+        ([{"problem": "p", "tests": TESTS, "starter_code": [1]}], "starter_code: found a list"),
         ([{"id": 1, "problem": "p", "answer": "4"}] * 2, "found the id '1' more than once"),
         ([{"problem": "p" * 99, "answer": "4"}], "raise data.max_prompt_length"),
     ],
