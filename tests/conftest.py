@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ LONG = ["end_to_end", "sglang", "slurm", "distributed"]  # begun first
 TOGETHER = {"end_to_end", "sglang", "slurm"}  # share a run, a server, a cluster
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist's own, which reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
     """Under pytest-xdist a file stays on one worker, or a folder whose tests share what is dear."""
 
     def folder(item: pytest.Item) -> str:
@@ -26,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         where = folder(item) if folder(item) in TOGETHER else str(item.path.relative_to(HERE))
         item.add_marker(pytest.mark.xdist_group(where))
+    return (yield)
 
 
 @pytest.fixture(scope="session")
