@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from job import Job
@@ -17,18 +17,31 @@ LONG = ["end_to_end", "sglang", "slurm", "distributed"]  # begun first
 TOGETHER = {"end_to_end", "sglang", "slurm"}  # share a run, a server, a cluster
 
 
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist's own, which reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
-    """Under pytest-xdist a file stays on one worker, or a folder whose tests share what is dear."""
+def _folder(nodeid: str) -> str:
+    """Of tests/sglang/test_run.py::test_it: sglang."""
+    return nodeid.split("/")[1]
 
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(HERE).parts[0]
 
-    items.sort(key=lambda item: LONG.index(folder(item)) if folder(item) in LONG else len(LONG))
-    for item in items:
-        where = folder(item) if folder(item) in TOGETHER else str(item.path.relative_to(HERE))
-        item.add_marker(pytest.mark.xdist_group(where))
-    return (yield)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones first, so that none is left alone at the end."""
+
+    def rank(item: pytest.Item) -> int:
+        return LONG.index(where) if (where := _folder(item.nodeid)) in LONG else len(LONG)
+
+    items.sort(key=rank)
+
+
+class _Together(LoadScopeScheduling):
+    """A file stays on one worker, or a folder whose tests share what is dear."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = _folder(nodeid)
+        return folder if folder in TOGETHER else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With `pytest -n 2 --dist loadscope`."""
+    return _Together(config, log)
 
 
 @pytest.fixture(scope="session")

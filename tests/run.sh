@@ -26,4 +26,4 @@ ruff format --check .
 mypy
 lint-imports
 # Two processes, on which tests/conftest.py tells the tests where to stay together.
-python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 "${select[@]}"
+python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25 "${select[@]}"
