@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def checked_samples(
     for request, found in zip(requests, answer, strict=True):
         try:
             samples.append(_checked(request, found, stops))
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BadAnswer(
                 f"request {request.rid}: the answer lacks what this version of SGLang should have "
                 f"({type(error).__name__}: {error})"
@@ -141,7 +142,7 @@ def checked_scores(input_ids: Sequence[int], answer: Any) -> tuple[float, ...]:
             f"found log-probs of {len(scored)} tokens, wanted those of the {len(input_ids)} sent"
         )
     for position, (_, logprob) in enumerate(scored[1:], 1):
-        if not isinstance(logprob, float | int) or not math.isfinite(logprob):
+        if not _is_finite(logprob):
             raise LogprobNotFinite(
                 f"found the log-prob {logprob} at token {position}, wanted a finite one"
             )
@@ -175,16 +176,21 @@ def _logprobs_of(rid: str, meta: dict[str, Any]) -> tuple[tuple[float, ...], tup
         return (), ()
     logprobs, tokens, _ = zip(*triples, strict=True)
     try:
-        if all(map(math.isfinite, logprobs)):
+        if bool not in set(map(type, logprobs)) and all(map(math.isfinite, logprobs)):
             return tuple(map(float, logprobs)), tokens
-    except TypeError:  # null, or no number at all
+    except (TypeError, OverflowError):  # null, or no number at all, or one beyond a double
         pass
-    finite = (isinstance(one, float | int) and math.isfinite(one) for one in logprobs)
-    position = list(finite).index(False)
+    position = list(map(_is_finite, logprobs)).index(False)
     raise LogprobNotFinite(
         f"request {rid}: found the log-prob {logprobs[position]} at token {position}, wanted a "
         "finite one; the weights or rollout.temperature give logits that are not finite"
     )
+
+
+def _is_finite(logprob: Any) -> bool:
+    if isinstance(logprob, bool) or not isinstance(logprob, float | int):
+        return False
+    return abs(logprob) <= sys.float_info.max  # no integer is too large to be compared
 
 
 def _reason(

@@ -17,6 +17,7 @@ from megatron_prime.rollout.sglang_answers import (
     WrongLength,
     WrongStop,
     checked_samples,
+    checked_scores,
     collector_paused,
     parsed,
 )
@@ -47,11 +48,31 @@ def test_nothing_was_sampled_before_an_abort() -> None:
     assert (found.output_ids, found.logprobs, found.finish_reason) == ((), (), "abort")
 
 
-@pytest.mark.parametrize("value", [None, math.nan, -math.inf, "-0.5"])
+@pytest.mark.parametrize("value", [None, math.nan, -math.inf, "-0.5", True, 10**400])
 def test_the_position_of_a_log_prob_that_is_no_number_is_told(value: Any) -> None:
     triples = [[-0.5, 9, None], [value, 8, None], [-0.5, 7, None]]
     with pytest.raises(LogprobNotFinite, match=rf"found the log-prob {value} at token 1"):
         checked_samples([REQUEST], answer([9, 8, 7], triples, LENGTH), [1])
+
+
+@pytest.mark.parametrize("entry", [[-0.5, 8], [-0.5, 8, None, 0], [], 7, None])
+def test_an_entry_that_has_not_three_fields(entry: Any) -> None:
+    triples = [[-0.5, 9, None], entry, [-0.5, 7, None]]
+    with pytest.raises(BadAnswer, match="request a: the answer lacks what this version of SGLang"):
+        checked_samples([REQUEST], answer([9, 8, 7], triples, LENGTH), [1])
+
+
+@pytest.mark.parametrize("entries", [[[-0.5]] * 3, [[-0.5, 9, None, 0]] * 3])
+def test_entries_that_all_have_other_fields(entries: Any) -> None:
+    with pytest.raises(BadAnswer, match="request a: the answer lacks what this version of SGLang"):
+        checked_samples([REQUEST], answer([9, 9, 9], entries, LENGTH), [1])
+
+
+@pytest.mark.parametrize("value", [None, math.nan, True, 10**400])
+def test_a_score_that_is_no_finite_number(value: Any) -> None:
+    found = {"meta_info": {"input_token_logprobs": [[None, 5, None], [value, 6, None]]}}
+    with pytest.raises(LogprobNotFinite, match=f"found the log-prob {value} at token 1"):
+        checked_scores((5, 6), found)
 
 
 def test_other_tokens_than_their_log_probs_say() -> None:
