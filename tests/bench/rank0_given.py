@@ -16,13 +16,16 @@ sys.path.append(str(HERE.parent / "examples"))
 
 from slurm_plans import EXAMPLES, model_of, ranks_of  # noqa: E402
 
+from megatron_prime.config import RunConfig  # noqa: E402
 from megatron_prime.config_file import load  # noqa: E402
 from megatron_prime.planner.door import machine_of  # noqa: E402
 from megatron_prime.planner.lengths import Expectations  # noqa: E402
 from megatron_prime.planner.memory import GIB  # noqa: E402
 from megatron_prime.planner.rates import rates_of  # noqa: E402
-from megatron_prime.planner.seconds import predict  # noqa: E402
+from megatron_prime.planner.seconds import StepSeconds, predict  # noqa: E402
 from megatron_prime.planner.table import plan_of  # noqa: E402
+
+PROMPT, LONGEST = 1024, 3072  # tokens
 
 
 def make_tokenizer() -> tuple[Any, str]:
@@ -58,7 +61,9 @@ def prompt_rows(path: Path, text: str, count: int) -> None:
 def server(tokens: Path, response: int) -> Iterator[str]:
     """Its address."""
     program = [sys.executable, str(Path(__file__).with_name("rank0_server.py"))]
-    process = subprocess.Popen([*program, tokens, str(response)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*program, tokens, str(response), str(LONGEST)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
@@ -67,12 +72,18 @@ def server(tokens: Path, response: int) -> Iterator[str]:
         process.wait()
 
 
-def predicted(name: str, folder: Path, response: int) -> float:
-    """Seconds of an example's step if all responses have this length."""
-    config = load(EXAMPLES / name / "prime.toml", [f"--model.hf={model_of(name, folder)}"])
-    expected = Expectations.of(config, mean_response=response)
+def example(name: str, folder: Path) -> tuple[RunConfig, int]:
+    """An example's run and its ranks."""
+    path = EXAMPLES / name / "prime.toml"
+    return load(path, [f"--model.hf={model_of(name, folder)}"]), ranks_of(name)
+
+
+def predicted(name: str, folder: Path, response: int) -> StepSeconds:
+    """An example's step, with the bench's lengths."""
+    config, ranks = example(name, folder)
+    expected = Expectations.of(config, mean_prompt=PROMPT, mean_response=response)
     rates = rates_of("h100")
     machine = machine_of(config, round(rates.memory_gib * GIB), True)
     assert machine is not None
-    table, plan = plan_of(config, ranks_of(name), machine)
-    return predict(config, plan, table, rates, expected).seconds
+    table, plan = plan_of(config, ranks, machine)
+    return predict(config, plan, table, rates, expected)

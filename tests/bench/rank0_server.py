@@ -1,10 +1,10 @@
 """A server that answers as SGLang does, from answers it has made beforehand: for rank0_step.py.
 
-    python tests/bench/rank0_server.py TOKENS.json RESPONSE
+    python tests/bench/rank0_server.py TOKENS.json RESPONSE LONGEST
 
-prints its port. Every sample is RESPONSE tokens long, with log-probs as SGLang writes them: doubles
-that hold a single's value. It stands in a process of its own, so that what it takes is not the
-client's.
+prints its port. Samples are RESPONSE tokens long on average, as the planner draws lengths, and
+LONGEST at most, with log-probs as SGLang writes them: doubles that hold a single's value. It stands
+in a process of its own, so that what it takes is not the client's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from pathlib import Path
 
 from aiohttp import web
 
-SAMPLES = 16  # different ones
+from megatron_prime.planner.lengths import response_lengths
+
+SAMPLES = 256  # different ones
+SPREAD = 0.6  # of their lengths' logarithm; the planner's default
 
 
-def samples(tokens: list[int], response: int) -> list[tuple[bytes, bytes]]:
+def samples(tokens: list[int], mean: int, longest: int) -> list[tuple[bytes, bytes]]:
     """Answers to one request, before and behind its id."""
     found = []
     generator = random.Random(1)
-    for number in range(SAMPLES):
+    for number, response in enumerate(response_lengths(SAMPLES, mean, SPREAD, longest)):
         start = generator.randrange(len(tokens) - response)
         ids = tokens[start : start + response]
         logprobs = [single(-generator.expovariate(3.0)) for _ in ids]
@@ -57,8 +60,8 @@ def single(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def main(tokens: Path, response: int) -> None:
-    made = samples(json.loads(tokens.read_text()), response)
+def main(tokens: Path, mean: int, longest: int) -> None:
+    made = samples(json.loads(tokens.read_text()), mean, longest)
     turn = 0
 
     async def generate(request: web.Request) -> web.Response:
@@ -86,4 +89,4 @@ def main(tokens: Path, response: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

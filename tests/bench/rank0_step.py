@@ -2,17 +2,20 @@
 
     python tests/bench/rank0_step.py [--repeat 3] [--servers 2 8] [--sampled 512] [--response 3072]
 
+Two servers are those of Qwen2.5-Math-7B on 8 GPUs, eight those of Llama-3.1-70B on 64.
+
 Rollouts are synthetic, but everything that handles them is the real code: prompts and tokenizer,
 the client and its checks against a server over loopback, decoding, the verifier's pool, the
-gathering of all ranks' groups, the batch, filter, figures, advantages, packs, files. Every response
-has the greatest length. Where two prompts are sampled for one that is kept, `--sampled` is twice
-256; rank 0 speaks to one of `--servers`, so it decodes and verifies that share of them, and all
-else is of all of them. Seconds are those of this process's CPU time, all threads, and beside it the
-time by the clock; what a stage's own servers and workers take is not in the first. Each stage is
-repeated; the least counts, for the machine may do other work. Some of it is done while servers
-generate, in threads beside; for the rest all GPUs wait.
+gathering of all ranks' groups, the batch, filter, figures, advantages, packs, files. Prompts have
+1024 tokens, responses `--response` on average: lengths as the planner draws them, at most 3072.
+Where two prompts are sampled for one that is kept, `--sampled` is twice 256; rank 0 speaks to one
+of `--servers`, so it decodes and verifies that share of them, and all else is of all of them.
+Seconds are those of this process's CPU time, all threads, and beside it the time by the clock; the
+server's is not in the first, the verifier's workers have a line of their own. Each stage is
+repeated; the median counts. Some of it is done while servers generate, in threads beside; for the
+rest all GPUs wait.
 
-Prints Markdown tables, and compares with the step that the planner predicts.
+Prints a Markdown table, and compares with the step that the planner predicts for such lengths.
 """
 
 from __future__ import annotations
@@ -21,19 +24,19 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import pickle
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-from measure import resident
-from rank0_given import make_tokenizer, predicted, prompt_rows, server
+from rank0_given import LONGEST, PROMPT, example, make_tokenizer, prompt_rows, server
+from rank0_table import IF_ASKED, ONCE, RUNS, WORKERS, Stages, show
 
 from megatron_prime.runtime.compat import before_megatron_import, install_cpu_shim
 
@@ -67,38 +70,11 @@ from megatron_prime.types import (  # noqa: E402
 )
 from megatron_prime.verify.pool import VerifierPool  # noqa: E402
 
-PROMPTS, GROUP, PROMPT = 256, 4, 1024
-RUNS = {2: "qwen2.5-math-7b_8gpu", 8: "llama3.1-70b_64gpu"}  # by their servers
-ONCE, IF_ASKED = "(once) tokenizing prompts", "(if asked for) rollout files"
-BESIDE = ("HTTP, JSON, checks", "decoding", "verifying (dispatch)")  # while servers generate
-WORKERS = 4  # as in the examples
+PROMPTS, GROUP = 256, 4
 END = r" so the answer is \boxed{42}"
 
 
-@dataclass
-class Stages:
-    """Seconds of each stage: of the process, and by the clock; the least of all repeats."""
-
-    cpu: dict[str, float] = field(default_factory=dict)
-    wall: dict[str, float] = field(default_factory=dict)
-    pickled: int = 0  # bytes of one server's groups
-
-    def measure(self, name: str, repeat: int, work: Callable[[], Any]) -> Any:
-        """Do it; the last result."""
-        found, cpu, wall = None, [], []
-        for _ in range(repeat):
-            found = None
-            began, clock = time.process_time(), time.perf_counter()
-            found = work()
-            cpu.append(time.process_time() - began)
-            wall.append(time.perf_counter() - clock)
-        self.cpu[name], self.wall[name] = min(cpu), min(wall)
-        return found
-
-
-def generate(
-    url: str, prompts: list[Prompt], tokenizer: Any, response: int, text: bool
-) -> list[Group]:
+def generate(url: str, prompts: list[Prompt], tokenizer: Any, text: bool) -> list[Group]:
     """As the leader of one server does it; `text`: decoded, too."""
 
     def decode(ids: Any) -> str:
@@ -110,7 +86,7 @@ def generate(
             runner = PassRunner(client, lambda: True, limits, [0], 0, "0-1", decode, Timeline())
             groups: list[Group] = []
             numbers = itertools.count()
-            sampling = Sampling(GROUP, 1.0, response, 1)
+            sampling = Sampling(GROUP, 1.0, LONGEST, 1)
             take = lambda: next(numbers)  # noqa: E731
             found = await runner.run(prompts, sampling, {}, take, groups.append, None)
             assert found.problem is None, found.problem
@@ -120,7 +96,7 @@ def generate(
 
 
 def training_work(
-    stages: Stages, repeat: int, groups: list[VerifiedGroup], replicas: int, folder: Path
+    stages: Stages, repeat: int, groups: list[VerifiedGroup], grid: Grid, folder: Path
 ) -> None:
     """From the kept groups to a step's figures, everything but the models."""
     config = RunConfig.model_validate(
@@ -139,7 +115,6 @@ def training_work(
     update = PolicyUpdate(batch.rollout_logprobs + 0.01, {})
     trained = TrainBatch(scored, process, advantages)
     measure("figures of PRM and policy", repeat, lambda: of_models(scored, trained, update, config))
-    grid = Grid(0, replicas, 0, 1, 2, 1, 8, torch.device("cpu"))
     mini = len(batch.sequences) // 4
 
     def packs() -> None:  # of the reference, old log-probs, PRM and policy
@@ -175,6 +150,19 @@ def of_models(scored: Any, trained: TrainBatch, update: PolicyUpdate, config: Ru
     figures.of_batch(trained, update, config)
 
 
+def grid_of(name: str, folder: Path) -> Grid:
+    """Of rank 0 of an example."""
+    config, ranks = example(name, folder)
+    sizes = config.parallel
+    return Grid(0, ranks // sizes.replica, 0, sizes.cp, sizes.pp, 1, sizes.tp, torch.device("cpu"))
+
+
+def workers_seconds() -> float:
+    """CPU time that this process's children have had so far: the verifier's workers."""
+    found = [one.cpu_times() for one in psutil.Process().children()]
+    return sum(one.user + one.system for one in found)
+
+
 def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -> Stages:
     """All stages."""
     stages = Stages()
@@ -189,11 +177,12 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
     )
     prompts = [replace(one, token_ids=one.token_ids[:PROMPT]) for one in loaded.prompts]
     assert all(len(one.token_ids) == PROMPT for one in prompts)
+    stages.load = os.getloadavg()[0]
     stream = PromptStream(prompts, 1)
     measure("prompts", repeat, lambda: stream.take(sampled))
     mine = prompts[: sampled // servers]
     with server(folder / "tokens.json", response) as url:
-        ask = lambda text: generate(url, mine, tokenizer, response, text)  # noqa: E731
+        ask = lambda text: generate(url, mine, tokenizer, text)  # noqa: E731
         measure("HTTP, JSON, checks", repeat, lambda: ask(False))
         answered = ask(True)
     decode = lambda: [  # noqa: E731
@@ -205,8 +194,13 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
     ended = [with_end(group, END, tuple(end)) for group in answered]
     with VerifierPool(WORKERS, 30.0) as pool:
         pool.verify(ended[:4])
+        before = workers_seconds()
         verified = measure("verifying (dispatch)", repeat, lambda: pool.verify(ended))
+        stages.workers = (workers_seconds() - before) / repeat
+        stages.checks = len(ended) * GROUP
     assert all(group.outcome_rewards == (1.0,) * GROUP for group in verified)
+    lengths = [len(one.response_ids) for group in verified for one in group.rollouts]
+    stages.mean_response = sum(lengths) / len(lengths)
     pickled = pickle.dumps(verified)  # every server's are objects of their own
     stages.pickled = len(pickled)
     copies = [
@@ -221,7 +215,7 @@ def step(servers: int, sampled: int, response: int, repeat: int, folder: Path) -
         {"run": {"folder": folder}, "model": {"hf": folder}, "data": {"train": folder}}
     ).filter
     measure("filter", repeat, lambda: [passes(group, window) for group in gathered])
-    training_work(stages, repeat, gathered[:PROMPTS], 4 if servers > 2 else 2, folder)
+    training_work(stages, repeat, gathered[:PROMPTS], grid_of(RUNS[servers], folder), folder)
     return stages
 
 
@@ -237,9 +231,9 @@ def with_end(group: Group, end: str, ids: tuple[int, ...]) -> Group:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--servers", type=int, nargs="+", default=list(RUNS))
+    parser.add_argument("--servers", type=int, nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--sampled", type=int, default=512)
-    parser.add_argument("--response", type=int, default=3072)
+    parser.add_argument("--response", type=int, default=LONGEST)
     asked = parser.parse_args()
     install_cpu_shim()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -251,41 +245,6 @@ def main() -> None:
                 servers, asked.sampled, asked.response, asked.repeat, Path(folder)
             )
     show(found, asked.response)
-
-
-def show(found: dict[int, Stages], response: int) -> None:
-    """The tables."""
-    names = list(next(iter(found.values())).cpu)
-    print("| | " + " | ".join(f"1 of {n} servers: CPU s | by the clock" for n in found) + " |")
-    print("|---" * (1 + 2 * len(found)) + "|")
-    for name in names:
-        cells = (f"{one.cpu[name]:.3f} | {one.wall[name]:.3f}" for one in found.values())
-        print(f"| {name} | {' | '.join(cells)} |")
-    waiting = [n for n in names if n not in (ONCE, IF_ASKED, *BESIDE)]
-    sums = {"while servers generate": BESIDE, "while GPUs wait": waiting}
-    for what, parts in sums.items():
-        cells = (
-            f"{sum(one.cpu[n] for n in parts):.2f} | {sum(one.wall[n] for n in parts):.2f}"
-            for one in found.values()
-        )
-        print(f"| each step, {what} | {' | '.join(cells)} |")
-    print(f"\nresident at the peak: {resident('VmHWM') / 2**30:.2f} GiB")
-    with tempfile.TemporaryDirectory() as folder:
-        for servers in found:
-            name = RUNS.get(servers)
-            if name:
-                seconds = predicted(name, Path(folder), response)
-                shares = {
-                    what: sum(found[servers].cpu[n] for n in parts) / seconds
-                    for what, parts in sums.items()
-                }
-                told = ", ".join(f"{share:.1%} {what}" for what, share in shares.items())
-                print(
-                    f"{name}: CPU time is {sum(shares.values()):.1%} of the {seconds:.0f} s that a "
-                    f"step of such responses is predicted to take ({told})"
-                )
-        for servers, one in found.items():
-            print(f"groups of one of {servers} servers, pickled: {one.pickled / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
