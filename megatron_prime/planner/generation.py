@@ -52,6 +52,28 @@ class Rollouts:
             ends[-1] = found[-1].until(needed)
         return list(zip(found, ends, strict=True))
 
+    def answered(self) -> list[tuple[int, ...]]:
+        """Lengths of the groups that were complete when their round ended, in the order asked."""
+        knobs, expected, rounds = self.config.rollout, self.expected, self.rounds_of_step()
+        size, most = knobs.group_size, knobs.max_response_length
+        count = sum(len(one.done) for one, _ in rounds) * size
+        lengths = response_lengths(count, expected.mean_response, expected.spread, most)
+        ended = [done <= end for one, end in rounds for done in one.done]
+        groups = (lengths[first : first + size] for first in range(0, count, size))
+        return [group for group, complete in zip(groups, ended, strict=True) if complete]
+
+    def trained(self) -> tuple[int, ...]:
+        """Lengths of the responses that a step trains on: with `abort_surplus` of those that were
+        answered in time, which are shorter. What passes the filter is taken evenly from all."""
+        knobs, expected = self.config.rollout, self.expected
+        goal, most = knobs.prompts_per_step, knobs.max_response_length
+        if not knobs.abort_surplus or self.config.debug.rollouts_from is not None:
+            count = goal * knobs.group_size
+            return response_lengths(count, expected.mean_response, expected.spread, most)
+        groups = self.answered()
+        kept = (groups[number * len(groups) // goal] for number in range(goal))
+        return tuple(length for group in kept for length in group)
+
     def round(self, prompts: int, group_size: int, number: int = 0) -> Generation:
         """Round `number` of a step."""
         return _round(

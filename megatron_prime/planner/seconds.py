@@ -24,7 +24,7 @@ from megatron_prime.config import ModelName, RunConfig
 from megatron_prime.planner.engine_bytes import engine_tp, weight_bytes
 from megatron_prime.planner.flops import load_of
 from megatron_prime.planner.generation import Rollouts
-from megatron_prime.planner.lengths import Expectations, response_lengths
+from megatron_prime.planner.lengths import Expectations
 from megatron_prime.planner.memory import MemoryPlan
 from megatron_prime.planner.moves import Moves
 from megatron_prime.planner.rates import Rates
@@ -153,11 +153,9 @@ class _Predictor:
         self.policy = trainer_of("policy", config, plan.world_size, rates)
         self.moves = Moves(config, plan, table, self.policy)
         self.rows = config.rollout.prompts_per_step * config.rollout.group_size
-        most = config.rollout.max_response_length
-        lengths = response_lengths(self.rows, expected.mean_response, expected.spread, most)
-        self.load = load_of(expected.mean_prompt, lengths)
         self.generates = config.debug.rollouts_from is None
         self.rollouts = rollouts_of(config, plan, rates, expected)
+        self.load = load_of(expected.mean_prompt, self.rollouts.trained())
 
     def step(self) -> StepSeconds:
         """All phases."""

@@ -20,7 +20,6 @@ from math import ceil
 
 from megatron_prime.planner.decoding import Generation
 from megatron_prime.planner.generation import Rollouts
-from megatron_prime.planner.lengths import response_lengths
 
 SPREADS = (0.3, 0.6, 0.9, 1.2)
 _SURPLUS = 1.25
@@ -36,7 +35,7 @@ class Tail:
     abort_surplus: bool
     seconds: float
     idle: float  # share of the servers' time in which a server had nothing left to do
-    half: float  # part of the rounds' time after which half of their groups were complete
+    half: float  # part of the rounds' time after which half of the groups that they answered were
     mean_response: float  # of the groups that were answered
 
 
@@ -64,8 +63,9 @@ def _tail(rollouts: Rollouts, way: str) -> Tail:
     seconds = sum(end for _, end in rounds)
     waited = sum(max(0.0, end - own) for one, end in rounds for own in one.finished)
     servers = len(rounds[0][0].finished)
-    half = sum(one.until(len(one.done) // 2) for one, _ in rounds)
-    answered = _answered(rollouts, rounds)
+    answered = rollouts.answered()
+    lengths = [length for group in answered for length in group]
+    half = sum(one.until(_complete(one, end) // 2) for one, end in rounds)
     return Tail(
         spread=rollouts.expected.spread,
         way=way,
@@ -74,15 +74,10 @@ def _tail(rollouts: Rollouts, way: str) -> Tail:
         seconds=seconds,
         idle=waited / (servers * seconds),
         half=half / seconds,
-        mean_response=sum(answered) / len(answered),
+        mean_response=sum(lengths) / len(lengths),
     )
 
 
-def _answered(rollouts: Rollouts, rounds: list[tuple[Generation, float]]) -> list[int]:
-    """Lengths of the responses whose group was complete when its round ended."""
-    knobs, expected = rollouts.config.rollout, rollouts.expected
-    size, count = knobs.group_size, knobs.prompts_per_round * knobs.group_size * len(rounds)
-    most = knobs.max_response_length
-    lengths = response_lengths(count, expected.mean_response, expected.spread, most)
-    ended = [done <= end for one, end in rounds for done in one.done]
-    return [length for number, length in enumerate(lengths) if ended[number // size]]
+def _complete(one: Generation, end: float) -> int:
+    """Groups that were answered before the round ended or was aborted."""
+    return sum(done <= end for done in one.done)

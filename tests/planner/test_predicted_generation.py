@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from planned_runs import run_config
 
 from megatron_prime.config import ConfigError
 from megatron_prime.planner.generation import Rollouts, groups_at_once, rounds_of
-from megatron_prime.planner.lengths import Expectations
+from megatron_prime.planner.lengths import Expectations, response_lengths
 from megatron_prime.planner.rates import GPUS
 from megatron_prime.weights.shape import ModelShape
 
@@ -55,6 +56,26 @@ def test_two_rounds_take_twice_as_long_and_an_aborted_one_less(tmp_path: Path) -
     config = both.config.model_copy(update={"rollout": knobs})
     early = Rollouts(config, both.shape, 8, 2**35, GPUS["h100"], few)
     assert sum(early.of_step().values()) < 0.8 * waited
+
+
+def test_what_is_trained_on_is_shorter_where_the_longest_are_aborted(tmp_path: Path) -> None:
+    plain = rollouts(tmp_path, prompts_per_round=512)
+    mean = plain.expected.mean_response
+    assert sum(plain.trained()) / len(plain.trained()) == pytest.approx(mean, rel=0.05)
+    some = rollouts(tmp_path, prompts_per_round=512, abort_surplus=True)
+    expected = Expectations.of(some.config, sampled_per_kept=1.25)
+    early = replace(some, expected=expected)
+    ((one, end),) = early.rounds_of_step()
+    answered = early.answered()
+    assert len(answered) == 320 == sum(done <= end for done in one.done)
+    asked = response_lengths(512 * 4, mean, expected.spread, 3072)
+    groups = [asked[i : i + 4] for i in range(0, len(asked), 4)]
+    assert answered == [group for group, done in zip(groups, one.done, strict=True) if done <= end]
+    kept = early.trained()
+    assert len(kept) == 256 * 4
+    assert kept[:4] == answered[0]
+    assert kept[4 * 255 :] == answered[318]  # 255 × 320 // 256
+    assert sum(kept) / len(kept) < 0.95 * mean
 
 
 def test_a_long_tail_costs_half_as_much_again(tmp_path: Path) -> None:

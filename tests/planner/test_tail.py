@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,5 +43,24 @@ def test_ways_and_spreads(tmp_path: Path) -> None:
         assert rounds.mean_response == at_once.mean_response == pytest.approx(900, rel=0.05)
         assert surplus.mean_response < 0.99 * at_once.mean_response
         assert surplus.seconds < at_once.seconds < rounds.seconds
+        assert surplus.half < 1
         assert surplus.idle <= at_once.idle < rounds.idle
     assert found[0.6, "rounds"].seconds == pytest.approx(sum(rollouts.of_step().values()))
+
+
+def test_half_of_what_was_answered_is_not_half_of_what_was_asked(tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path,
+        "Llama-3-8B",
+        **{**SGLANG_8B, "rollout": {**SGLANG_8B["rollout"], "prompts_per_step": 128}},
+    )
+    shape = ModelShape.from_hf(config.model.hf)
+    rollouts = Rollouts(config, shape, 16, 2**35, GPUS["h100"], Expectations.of(config))
+    found = next(one for one in tails(rollouts) if one.way == "surplus")
+    expected = replace(rollouts.expected, spread=found.spread)
+    knobs = config.rollout.model_copy(update={"prompts_per_round": 320, "abort_surplus": True})
+    asked = config.model_copy(update={"rollout": knobs})
+    ((one, end),) = replace(rollouts, config=asked, expected=expected).rounds_of_step()
+    done = sorted(one.done)
+    assert (found.seconds, end) == (done[255], done[255])
+    assert found.half == done[127] / done[255]
