@@ -3,7 +3,8 @@
 Import it, and call `install`, before Megatron: that binds some of these functions when it is
 imported. What counts is the whole tensor of a collective: the one that is reduced, the one that is
 gathered (all ranks' parts together) or the one that is scattered; and what is sent point to point.
-A group of one rank exchanges nothing.
+A group of one rank exchanges nothing. A collective that is not counted raises `NotCounted`, so that
+a count is never silently too low; only what is called on a process group's own methods goes unseen.
 """
 
 from __future__ import annotations
@@ -27,18 +28,33 @@ _OPERATIONS = {  # by the name that is counted, its functions and the argument t
     "broadcast": {"broadcast": 0},
     "send": {"isend": 0, "send": 0},
 }
+_REFUSED = (  # nothing here has a use for them
+    *("reduce", "gather", "scatter", "all_to_all", "all_to_all_single"),
+    *("all_reduce_coalesced", "all_gather_coalesced"),
+    *("all_gather_single", "reduce_scatter_single"),  # newer names
+)
 _KEYWORDS = ("tensor", "output_tensor", "tensor_list", "input", "input_list", "output")
+
+
+class NotCounted(RuntimeError):
+    """A collective that this module does not know how to count."""
 
 
 def install() -> None:
     """Put a counter before each function, wherever torch.distributed shows it."""
     for operation, functions in _OPERATIONS.items():
         for name, whole in functions.items():
-            real = getattr(c10d, name)
-            counting = _counting(operation, real, whole)
-            setattr(c10d, name, counting)
-            if getattr(dist, name, None) is real:
-                setattr(dist, name, counting)
+            _replace(name, _counting(operation, getattr(c10d, name), whole))
+    for name in _REFUSED:
+        if hasattr(c10d, name):
+            _replace(name, _refusing(name, getattr(c10d, name)))
+
+
+def _replace(name: str, other: Any) -> None:
+    real = getattr(c10d, name)
+    setattr(c10d, name, other)
+    if getattr(dist, name, None) is real:
+        setattr(dist, name, other)
 
 
 def name_groups() -> None:
@@ -67,10 +83,7 @@ def take() -> Bytes:
 
 def _counting(operation: str, real: Any, whole: int) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        group = kwargs.get("group")
-        if group is None:
-            group = next((one for one in args if isinstance(one, dist.ProcessGroup)), None)
-        group = group or dist.group.WORLD
+        group = _group(args, kwargs)
         if not _INSIDE and dist.get_world_size(group) > 1:
             name = _NAMES.get(group, "world")
             if operation == "send":  # a pipeline of two sends one way in the world's group
@@ -84,6 +97,26 @@ def _counting(operation: str, real: Any, whole: int) -> Any:
 
     call.__name__ = real.__name__
     return call
+
+
+def _refusing(name: str, real: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _INSIDE and dist.get_world_size(_group(args, kwargs)) > 1:
+            raise NotCounted(
+                f"found a call of torch.distributed.{name}, wanted one of {list(_OPERATIONS)}; "
+                "add it to _OPERATIONS of tests/bench/counted.py"
+            )
+        return real(*args, **kwargs)
+
+    call.__name__ = real.__name__
+    return call
+
+
+def _group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    group = kwargs.get("group")
+    if group is None:
+        group = next((one for one in args if isinstance(one, dist.ProcessGroup)), None)
+    return group or dist.group.WORLD
 
 
 def _nbytes(args: tuple[Any, ...], kwargs: dict[str, Any], whole: int) -> int:

@@ -5,14 +5,16 @@
 On 1, 2, 4 and 8 gloo ranks and in several layouts: a tiny model, 8 rollouts per rank, whatever the
 ranks are; score, PRM update, policy update and weight sync by the real roles. All that is handed to
 torch.distributed is counted (`counted.py`) and compared with the formulae of
-`planner/exchanges.py` and of the reshard plan. Prints a Markdown table; exit status 1 if a count
-differs.
+`planner/exchanges.py` and of the reshard plan. Counted are whole tensors, which can't grow with the
+data-parallel ranks; what each of these sends in a ring does, so it stands beside it. Prints a
+Markdown table; exit status 1 if a count differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -23,6 +25,8 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "distributed"))
 
 from launch import run_ranks  # noqa: E402
+
+from megatron_prime.planner.exchanges import on_the_wire  # noqa: E402
 
 LAYOUTS = {
     1: ("dp",),
@@ -44,6 +48,7 @@ MODEL = {  # Qwen3: tied embeddings, which stages share, and norms of heads
     "tie_word_embeddings": True,
 }
 COLUMNS = ("tp", "pp", "dp", "cp", "others", "weight sync")
+SENT = "dp, sent in a ring"
 
 
 def count(folder: Path, ranks: int, layouts: tuple[str, ...], rows: str = "ragged") -> list[Any]:
@@ -58,8 +63,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=list(LAYOUTS))
     asked = parser.parse_args()
-    print(f"| ranks | layout | {' | '.join(COLUMNS)} | counted is |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
+    print(f"| ranks | layout | {' | '.join(COLUMNS)} | {SENT} | counted is |")
+    print("|---" * (len(COLUMNS) + 4) + "|")
     differences = 0
     for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,12 +73,16 @@ def main() -> int:
             phases = [one[layout] for one in found]
             columns = [by_column(one) for one in phases]
             cells = [f"{max(one[name] for one in columns):,}" for name in COLUMNS]
+            sent = max(sent_by_dp(one, ranks, layout) for one in phases)
             wrong = sum(
                 one["counted"] != one["formula"] for rank in phases for one in rank.values()
             )
             differences += wrong
             verdict = "the formula" if not wrong else f"DIFFERENT {wrong} times"
-            print(f"| {ranks} | {layout} | {' | '.join(cells)} | {verdict} |", flush=True)
+            print(
+                f"| {ranks} | {layout} | {' | '.join(cells)} | {sent:,.0f} | {verdict} |",
+                flush=True,
+            )
     return int(differences > 0)
 
 
@@ -86,6 +95,15 @@ def by_column(phases: dict[str, Any]) -> Counter[str]:
             column = {"ranks": "pp"}.get(group, group if group in COLUMNS else "others")
             found["weight sync" if phase == "sync_weights" else column] += nbytes
     return found
+
+
+def sent_by_dp(phases: dict[str, Any], ranks: int, layout: str) -> float:
+    """Bytes of gradients and weights that a rank sends in a step, in rings of data-parallel and
+    context-parallel ranks."""
+    sizes = {name: int(size) for name, size in re.findall(r"\b(tp|pp)(\d+)", layout)}
+    group = ranks // (sizes.get("tp", 1) * sizes.get("pp", 1))
+    sent = (on_the_wire(one["counted"], {"dp": group}).get("dp", 0.0) for one in phases.values())
+    return sum(sent)
 
 
 if __name__ == "__main__":

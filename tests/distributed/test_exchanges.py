@@ -6,7 +6,9 @@ and counted here: nothing else may be missing.
 
 from __future__ import annotations
 
+import inspect
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,23 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from weak_scaling import MODEL, count
+import counted
+from weak_scaling import MODEL, count, sent_by_dp
 
 from megatron_prime.planner.exchanges import on_the_wire
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
+# Of torch.distributed: neither collectives nor sends, or made of those that are counted or refused.
+EXCHANGE_NOTHING = {
+    *("get_group_rank", "get_global_rank", "get_process_group_ranks", "get_backend_config"),
+    *("get_backend", "get_rank", "get_world_size", "destroy_process_group", "shrink_group"),
+    *("barrier", "monitored_barrier", "new_subgroups"),
+}
+ARE_COUNTED_ELSEWHERE = {
+    *("irecv", "recv", "send_object_list", "recv_object_list", "broadcast_object_list"),
+    *("all_gather_object", "gather_object", "scatter_object_list"),
+}
 TWO = ("dp", "dp.zero", "tp2", "tp2.sp", "pp2", "pp2.vpp2", "cp2")
 FOUR = ("tp2.pp2.sp.zero", "tp2.pp2.vpp2", "tp2.cp2.sp.zero")
 HIDDEN, LAYERS, HEAD = (MODEL[name] for name in ("hidden_size", "num_hidden_layers", "head_dim"))
@@ -104,3 +117,50 @@ def test_the_planner_knows_the_layers_exchanges_of_hidden_states(
         norms = 2 * UPDATES * (2 * LAYERS + 1) * HIDDEN * 4 / 2
     left_out = embedding + output + again + norms + logprobs + norms_of_heads
     assert counted == pytest.approx(planned + left_out, rel=1e-12)
+
+
+def test_each_function_of_torch_distributed_is_counted_or_refused() -> None:
+    known = {name for functions in counted._OPERATIONS.values() for name in functions}
+    known |= {*counted._REFUSED} | EXCHANGE_NOTHING | ARE_COUNTED_ELSEWHERE
+    found = {
+        name
+        for name, one in vars(counted.c10d).items()
+        if type(one) is types.FunctionType
+        and one.__module__ == counted.c10d.__name__
+        and "group" in inspect.signature(one).parameters
+        and not name.startswith("_")
+    }
+    assert found >= {"all_reduce", "all_to_all", "reduce", "isend"}
+    assert found <= known
+
+
+@pytest.mark.parametrize("name", counted._REFUSED)
+def test_a_collective_that_is_not_counted_stops_the_run(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = 2
+    monkeypatch.setattr(counted.dist, "get_world_size", lambda _: ranks)
+
+    def real(tensor: str, group: Any = None) -> str:
+        return f"{name} of {tensor}"
+
+    call = counted._refusing(name, real)
+    with pytest.raises(counted.NotCounted, match=rf"torch\.distributed\.{name}, wanted one of"):
+        call("a", group="two ranks")
+    ranks = 1
+    assert call("a", group="one rank") == f"{name} of a"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "wanted"),
+    [(2, "dp", 800), (8, "dp", 1400), (8, "tp2.pp2.cp2.sp.zero", 800), (4, "tp4.sp", 0)],
+)
+def test_bytes_that_data_parallel_ranks_send_in_a_ring(
+    ranks: int, layout: str, wanted: float
+) -> None:
+    """By hand: of 800 bytes each of g ranks sends (g - 1) / g, twice where they are all-reduced."""
+    phases = {"update_prm": {"counted": {"dp all_reduce": 800, "tp all_gather": 800}}}
+    assert sent_by_dp(phases, ranks, layout) == wanted
+    parts = {"dp reduce_scatter": 500, "dp all_gather": 300}
+    both = {"score": {"counted": {}}, "update_prm": {"counted": parts}}
+    assert sent_by_dp(both, ranks, layout) == wanted / 2
