@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {  # block: program and its first word
     "generation": (scaling, "generation"),
     "exchanges": (scaling, "exchanges"),
 }
+# The weight sync at the share of the links' bandwidth that all other blocks assume.
+OPTIONS = {"reshard": ["--gb-per-s", "360", "--network-gb-per-s", "40"]}
 _BLOCK = re.compile(r"<!-- (\w+) (\d+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -44,8 +46,9 @@ def wanted(block: str, ranks: str) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
         hf = model_of(name, Path(folder))
         given = [f"--model.hf={hf}", f"--data.train={hf / 'config.json'}"]
-        program.main([word, str(EXAMPLES / name / "prime.toml"), "--ranks", ranks, *given])
-    shown = f"python tools/{program.__name__}.py {word} {toml} --ranks {ranks}"
+        options = ["--ranks", ranks, *OPTIONS.get(block, [])]
+        program.main([word, str(EXAMPLES / name / "prime.toml"), *options, *given])
+    shown = f"python tools/{program.__name__}.py {word} {toml} {' '.join(options)}"
     return f"```\n$ {shown} --model.hf=DIR --data.train=FILE\n{output.getvalue()}```\n"
 
 
