@@ -38,6 +38,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
                 "torch with CUDA, and a driver that is new enough for it",
                 "PYTHON: an interpreter with torch for CUDA; look at nvidia-smi, and at "
                 "CUDA_VISIBLE_DEVICES",
+                refuses=facts.asks_for_gpus,  # a CPU's run may be on a node that has GPUs
             )
 
 
@@ -214,6 +215,7 @@ QUESTIONS = {
     "versions": "versions",
     "gpu": "its GPU (torch.cuda)",
     "has_gpu_device": "GPUs (/dev)",
+    "asks_for_gpus": "the GPU request",
     "limits": "ulimits",
     "driver": "GPUs (nvidia-smi)",
     "memory": "the host's memory",

@@ -35,7 +35,8 @@ def preflight(
     seat = Seat(here.rank, here.local_rank, node, os.getpid())
     times = Times.of(time.monotonic() - process_age(), options.seconds)
     refused = options.refused
-    probes = Probes(seat, config_problem, probes_of(config, seat, here.local_world_size))
+    asked = probes_of(config, seat, here.local_world_size, options.asks_for_gpus)
+    probes = Probes(seat, config_problem, asked)
     try:
         serves = here.rank == 0 and options.serves_store
         board = Board(meet(here, serves, times.come))
@@ -46,7 +47,7 @@ def preflight(
     try:
         if here.rank == 0:
             return be_host(config, here, board, probes, times, options)
-        return be_guest(config, here, seat, board, probes, times, refused)
+        return be_guest(config, here, seat, board, probes, times, options)
     except dist.DistError:  # the board is gone, and rank 0 with it
         if seat.leads:
             print(f"[preflight] {seat}: rank 0 ended before it gave a verdict", flush=True)

@@ -116,6 +116,7 @@ class Facts:
     versions: Mapping[str, str] | None = None
     gpu: Gpu | None = None
     has_gpu_device: bool | None = None  # a device file, whatever torch thinks of it
+    asks_for_gpus: bool = True  # its launcher gave it some
     limits: Limits | None = None
     driver: Driver | None = None
     memory: Memory | None = None

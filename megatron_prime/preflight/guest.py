@@ -22,12 +22,12 @@ def be_guest(
     board: Board,
     probes: Probes,
     times: steps.Times,
-    refused: int,
+    options: steps.Options,
 ) -> int:
-    """The exit code, which rank 0 decides on; `refused` if it does not."""
+    """The exit code, which rank 0 decides on; `options.refused` if it does not."""
     steps.pin_seat(board, seat)
     if (said := board.read("go", times.end)) is None:
-        return refused
+        return options.refused
     go = steps.GO.validate_json(said)
     if go.code is None:
         times = go.times()
@@ -39,8 +39,10 @@ def be_guest(
             done = steps.reduce(here, board, todo, times.reduce) if todo else None
             steps.pin_reduced(board, seat.rank, done)
     verdict = str(go.code) if go.code is not None else board.read("verdict", times.end)
+    code = options.refused if verdict is None else int(verdict)
+    options.decided(code)
     board.pin(f"bye/{seat.rank}", "")
-    return refused if verdict is None else int(verdict)
+    return code
 
 
 def _answer_for_node(

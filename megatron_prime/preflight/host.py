@@ -53,6 +53,7 @@ def be_host(
     refusals = [one for one in problems if one.refuses]
     code = options.refused if refusals else 0
     print(report(found, problems, time.monotonic() - start, code), flush=True)
+    options.decided(code)
     board.pin("verdict", str(code))
     _wait_for_byes(board, [rank for rank in found.seats if rank], times)
     return code

@@ -67,12 +67,15 @@ class Probes:
             self._failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def probes_of(config: RunConfig, seat: Seat, local_ranks: int) -> dict[str, Probe]:
+def probes_of(
+    config: RunConfig, seat: Seat, local_ranks: int, asks_for_gpus: bool = True
+) -> dict[str, Probe]:
     """What a rank asks of itself, and, when it leads, of its node."""
     own: dict[str, Probe] = {
         "versions": lambda: versions(config),
         "gpu": lambda: gpu(seat.local_rank),
         "has_gpu_device": lambda: Path("/dev/nvidiactl").exists(),
+        "asks_for_gpus": lambda: asks_for_gpus,
         "limits": limits,
     }
     if not seat.leads:

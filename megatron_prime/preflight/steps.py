@@ -29,6 +29,8 @@ class Options:
     seconds: float = 60.0
     refused: int = 78  # exit code of a refusal; 0: it is said, and that is all
     serves_store: bool = True  # rank 0 does; under torchrun its agent
+    asks_for_gpus: bool = True  # of this process's launcher
+    decided: Callable[[int], None] = lambda code: None  # told the verdict, before the end
 
 
 class Times(NamedTuple):
