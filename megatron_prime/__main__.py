@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_prime.runtime.rendezvous import Rendezvous
 
 REFUSED = 78  # of a preflight: sysexits' EX_CONFIG, something is not set up as it should be
+LATE = 77  # of a preflight: nothing is known to be wrong, but not all answered in time
 LAST_S = 1.0  # after a preflight's end, for what Python can't end
 GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
 NO_GPUS = ("", "-1", "NoDevFiles")  # in them
@@ -68,7 +69,7 @@ def _preflight(
     from megatron_prime.config import ConfigError
     from megatron_prime.runtime.exit_timer import ExitTimer, process_age
 
-    last_resort = ExitTimer(0 if given.warn_only else REFUSED)  # imports may hang, too
+    last_resort = ExitTimer(0 if given.warn_only else LATE)  # imports may hang, too
     last_resort.set(max(LAST_S, given.seconds + LAST_S - process_age()))
 
     def decided(code: int) -> None:
@@ -98,6 +99,7 @@ def _preflight(
     options = Options(
         given.seconds,
         0 if given.warn_only else REFUSED,
+        0 if given.warn_only else LATE,
         serves_store=not agents,
         asks_for_gpus=_asks_for_gpus(os.environ),
         decided=decided,

@@ -77,10 +77,17 @@ on_all_ranks() {
 code=0
 if [ "${PREFLIGHT:-}" != no ]; then # at every start: a requeued job has other nodes
   read -ra options <<<"${PREFLIGHT:-}"
-  # All end within a second or two of each other, but for one whose file system hangs.
-  on_all_ranks --wait=30 "$PYTHON" -m megatron_prime preflight "$FOLDER/prime.toml" \
-    ${options[@]+"${options[@]}"} "${knobs[@]}"
-  if [ "$code" -ge 128 ]; then code=78; fi # not all lived to hear it, but that was the verdict
+  # Who is late is looked at once more: the first look has read Python into the nodes' memory.
+  # 128 and above: a rank was killed, most often by --wait, for it began so late.
+  for look in 1 2; do
+    # All end within a second or two of each other, but for one whose file system hangs.
+    on_all_ranks --wait=30 "$PYTHON" -m megatron_prime preflight "$FOLDER/prime.toml" \
+      ${options[@]+"${options[@]}"} "${knobs[@]}"
+    if [ "$code" -ne 77 ] && [ "$code" -lt 128 ]; then break; fi
+    if [ "$look" -eq 1 ]; then say "exit code $code: not all answered in time; a second look"; fi
+  done
+  # Not all lived to hear it, or came, but that was the verdict.
+  if [ "$code" -eq 77 ] || [ "$code" -ge 128 ]; then code=78; fi
 fi
 if [ "$code" -eq 0 ]; then
   # --wait ends what is left after a while: longer than Slurm's SlurmdTimeout (300 s), so that it

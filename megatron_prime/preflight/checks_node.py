@@ -193,6 +193,8 @@ def probe_problems(all_of: Findings) -> Iterator[Problem]:
                 f"no answer about {QUESTIONS[name]}",
                 "one within the time",
                 "look at that node: a file system or a driver hangs; or raise --seconds",
+                refuses=name in HARD,
+                late=True,
             )
         for name, error in facts.failed.items():
             yield Problem(

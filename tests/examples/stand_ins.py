@@ -1,7 +1,7 @@
 """Stand-ins for Slurm's commands, and a job's shell between them.
 
 They write down what they were asked, in the folder FAKE, and answer as variables say: REFUSAL is
-the preflight's exit code, CODE that of train, `wait` until a signal comes.
+the preflight's exit code, SECOND that of a second look, CODE that of train, `wait` until a signal comes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ NAME = next(iter(MODELS))
 SRUN = """#!/usr/bin/env bash
 case " $* " in *' megatron_prime preflight '*)
   printf '%s\\n' "$@" > "$FAKE/preflight"
+  echo look >> "$FAKE/looks"
+  if [ "$(wc -l < "$FAKE/looks")" -eq 2 ]; then REFUSAL=${SECOND:-$REFUSAL}; fi
   trap 'echo USR1 >> "$FAKE/signals"; exit "${LOOKED:-75}"' USR1
   if [ "$REFUSAL" = wait ]; then for _ in {1..1200}; do sleep 0.05; done; fi
   exit "$REFUSAL" ;;

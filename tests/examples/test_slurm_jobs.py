@@ -66,6 +66,7 @@ def test_the_nodes_are_looked_at_first(cluster: Cluster) -> None:
 def test_a_refusal_ends_the_job_before_any_rank_trains(cluster: Cluster) -> None:
     code, output = cluster.run(REFUSAL="78")
     assert (code, cluster.said("srun"), cluster.said("scontrol")) == (78, [], [])
+    assert cluster.said("looks") == ["look"]
     assert "exit code 78: refused for the reasons above" in output
 
 
@@ -74,6 +75,21 @@ def test_a_look_that_not_all_ranks_outlive_refuses(code: str, cluster: Cluster) 
     """srun returns the highest code: of a rank that was killed, though rank 0 has refused."""
     found, output = cluster.run(REFUSAL=code)
     assert (found, cluster.said("srun"), cluster.said("scontrol")) == (78, [], []), output
+
+
+@pytest.mark.parametrize("code", ["77", "137"])
+def test_who_is_late_is_looked_at_once_more(code: str, cluster: Cluster) -> None:
+    found, output = cluster.run(REFUSAL=code, SECOND="0")
+    assert found == 0, output
+    assert cluster.said("looks") == ["look"] * 2
+    assert cluster.said("srun"), "it trains"
+    assert f"exit code {code}: not all answered in time; a second look" in output
+
+
+def test_who_is_late_twice_is_refused(cluster: Cluster) -> None:
+    found, output = cluster.run(REFUSAL="77")
+    assert (found, cluster.said("srun"), cluster.said("scontrol")) == (78, [], []), output
+    assert cluster.said("looks") == ["look"] * 2
 
 
 def test_the_look_has_options_and_can_be_left_out(cluster: Cluster) -> None:

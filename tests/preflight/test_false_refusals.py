@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from made_up import healthy, spoil
 
 from megatron_prime import __main__ as command_line
+from megatron_prime.preflight import clocks, host
 from megatron_prime.preflight.checks import problems_of
+from megatron_prime.preflight.collectives import PAIRS
+from megatron_prime.preflight.exchange import Board
+from megatron_prime.preflight.findings import code_of, word
+from megatron_prime.preflight.host import _half_of
+from megatron_prime.preflight.steps import Times
+from megatron_prime.preflight.table import report
+from megatron_prime.runtime.rendezvous import Rendezvous
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +70,49 @@ def test_a_cpu_run_on_a_node_that_has_gpus() -> None:
         spoil(found, rank, gpu=None, has_gpu_device=True, asks_for_gpus=False)
     assert refusals(found) == []
     assert len(problems_of(found)) == 1
+
+
+def test_who_is_late_is_not_refused() -> None:
+    found = healthy()
+    found.facts = {rank: one for rank, one in found.facts.items() if rank != 3}
+    found.clocks, found.shared = {2: None}, {0: "", 2: None}
+    found.stages, found.reduced, found.at = (), {}, {}
+    problems = problems_of(found)
+    assert {word(one) for one in problems} == {"LATE"}
+    assert code_of(problems, 78, 77) == 77
+    assert report(found, problems, 60.0, 77).endswith(
+        "[preflight] late: 0 refusals, 0 warnings, 3 without an answer in time; 60.0 s"
+    )
+    spoil(found, 1, config_problem="other knobs")
+    assert code_of(problems_of(found), 78, 77) == 78
+    assert code_of(problems_of(healthy()), 78, 77) == 0
+
+
+def test_silence_refuses_only_where_a_run_would_fail() -> None:
+    for name in ("driver", "limits", "memory", "ports", "has_gpu_device"):
+        found = spoil(healthy(), 2, **{name: None}, silent=(name,))
+        assert [one.refuses for one in problems_of(found)] == [False], name
+    problems = problems_of(spoil(healthy(), 2, sources=None, silent=("sources",)))
+    assert [word(one) for one in problems] == ["LATE"]
+
+
+def test_a_node_that_is_silent_leaves_time_to_the_others() -> None:
+    """Facts and clocks have ends of their own, before that of what else nodes answer."""
+    times = Times.of(0.0, 60.0)
+    assert times.probes < times.facts < times.clocks < times.answers
+    until = time.monotonic() + 8.0
+    found = [clocks.ask(Board(dist.HashStore()), rank, _half_of(until)) for rank in (8, 16)]
+    assert found == [None, None]
+    assert time.monotonic() < until - 1.0
+
+
+def test_pairs_are_left_out_when_time_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.steps, "reduce", lambda *_: None)
+    for left, wanted in {5.0: False, 20.0: True}.items():
+        found, board = healthy(6), Board(dist.HashStore())
+        now = time.monotonic()
+        times = Times(now, now, now, now + left, now + left)
+        monkeypatch.setattr(board, "read_all", lambda *_: {})
+        host._reduce(Rendezvous(world_size=6), board, times, found, 60.0)
+        assert any(stage.name == PAIRS for stage in found.stages) is wanted
+        assert found.skips_pairs is not wanted
