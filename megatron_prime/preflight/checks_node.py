@@ -65,6 +65,7 @@ def _free(rank: int, gpu: Gpu, others: list[Tenant], needs: Needs | None) -> Ite
             found,
             f"{needs.device / GIB:.1f} GiB for the plan's worst phase",
             "end what else runs there, or take other nodes; or plan with less: memory.device_gib",
+            refuses=not needs.start_anyway,
         )
     elif gpu.total - gpu.free > DIRTY_BYTES:
         yield Problem(
@@ -114,7 +115,9 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
                 f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of host memory free",
                 f"{needs.host / GIB:.1f} GiB for {of}",
                 'more nodes or ranks per model, or memory.offload = "never"',
-                refuses=needs.device is not None and memory.total < needs.host,
+                refuses=needs.device is not None
+                and memory.total < needs.host
+                and not needs.start_anyway,
             )
         if memory.shm_free is not None and memory.shm_free < needs.shm:
             yield Problem(
@@ -174,7 +177,16 @@ def limit_problems(all_of: Findings) -> Iterator[Problem]:
 
 def probe_problems(all_of: Findings) -> Iterator[Problem]:
     """What could not be found out, and ranks that see another configuration."""
-    if all_of.needs is None or all_of.needs.no_plan:
+    if all_of.needs is not None and all_of.needs.no_room:
+        yield Problem(
+            tuple(all_of.seats),
+            all_of.needs.no_room,
+            "a plan that fits, for train asks the same at its door",
+            "python tools/plan.py step RUN.toml --ranks N says what would help; "
+            "memory.start_anyway = true, if the plan counts too much",
+            refuses=not all_of.needs.start_anyway,
+        )
+    elif all_of.needs is None or all_of.needs.no_plan:
         why = all_of.needs.no_plan if all_of.needs else "the planner did not answer"
         yield Problem(
             tuple(all_of.seats),

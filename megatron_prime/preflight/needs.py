@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.planner.door import machine_of
+from megatron_prime.planner.engine_bytes import NoRoomForServers
+from megatron_prime.planner.memory import GIB, MemoryPlan
 from megatron_prime.planner.table import plan_of
 
 OPEN_FILES, OPEN_FILES_PER_RANK = 1024, 8  # sockets of gloo, NCCL and the hub, to every other rank
@@ -32,6 +34,8 @@ class Needs:
     keeps_all: bool = False
     shares_gpus: bool = False  # with servers, which are processes of their own
     no_plan: str = ""  # why there is none
+    no_room: str = ""  # why `train` would refuse the plan at its door
+    start_anyway: bool = False  # memory.start_anyway: whatever does not fit is a warning
 
 
 def needs_of(
@@ -43,10 +47,15 @@ def needs_of(
     shm = SHM_PER_GPU * local_ranks if on_gpu else 0
     if config.rollout.engine == "sglang" and not on_gpu:  # new weights go through it
         shm = int(2 * config.rollout.sync_bucket_mib * 2**20) * local_ranks
+    anyway = config.memory.start_anyway
+    machine = machine_of(config, device_bytes, on_gpu)
     try:
-        _, plan = plan_of(config, ranks, machine_of(config, device_bytes, on_gpu))
+        _, plan = plan_of(config, ranks, machine)
+    except NoRoomForServers as error:
+        why = str(error).partition("\n")[0]
+        return Needs(ranks, files, shm, no_plan=why, no_room=why, start_anyway=anyway)
     except ConfigError as error:
-        return Needs(ranks, files, shm, no_plan=str(error).partition("\n")[0])
+        return Needs(ranks, files, shm, no_plan=str(error).partition("\n")[0], start_anyway=anyway)
     sizes = config.parallel
     replicas = ranks // (sizes.tp * sizes.pp)
     stages = [rank.kept for rank in plan.ranks]
@@ -64,6 +73,19 @@ def needs_of(
         checkpoints=checkpoints_to_come(config, there),
         keeps_all=config.checkpoint.keep == 0,
         shares_gpus=on_gpu and config.rollout.engine == "sglang",
+        no_room=no_room(plan) if machine is not None else "",
+        start_anyway=anyway,
+    )
+
+
+def no_room(plan: MemoryPlan) -> str:
+    """Why `train` refuses this plan before it loads anything; nothing: it does not."""
+    if plan.fits:
+        return ""
+    peak, machine = plan.peak.device / GIB, plan.machine
+    return (
+        f"a plan of {peak:.1f} GiB at its peak and {machine.reserve_bytes / GIB:.1f} in reserve "
+        f"for a device of {machine.device_bytes / GIB:.1f}"
     )
 
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from made_up import healthy, spoil
+from made_up import NEEDS, healthy, spoil
+
+sys.path.append(str(Path(__file__).parents[1] / "planner"))
+from planned_runs import SGLANG_8B, run_config
 
 from megatron_prime import __main__ as command_line
+from megatron_prime.config import ConfigError
+from megatron_prime.planner.door import check_fits
 from megatron_prime.preflight import clocks, host
 from megatron_prime.preflight.checks import problems_of
 from megatron_prime.preflight.collectives import PAIRS
 from megatron_prime.preflight.exchange import Board
+from megatron_prime.preflight.facts import GIB, Gpu, Memory
 from megatron_prime.preflight.findings import code_of, word
 from megatron_prime.preflight.host import _half_of
+from megatron_prime.preflight.needs import needs_of
+from megatron_prime.preflight.shared_folder import Trial
 from megatron_prime.preflight.steps import Times
 from megatron_prime.preflight.table import report
 from megatron_prime.runtime.rendezvous import Rendezvous
@@ -116,3 +126,53 @@ def test_pairs_are_left_out_when_time_is_short(monkeypatch: pytest.MonkeyPatch) 
         host._reduce(Rendezvous(world_size=6), board, times, found, 60.0)
         assert any(stage.name == PAIRS for stage in found.stages) is wanted
         assert found.skips_pairs is not wanted
+
+
+def test_sizes_of_one_kind_of_gpu_differ_a_little() -> None:
+    found = spoil(healthy(), 3, gpu=Gpu("H100", "GPU-3", 79 * GIB + GIB // 3, 79 * GIB, 2))
+    assert problems_of(found) == []
+    spoil(found, 3, gpu=Gpu("H100", "GPU-3", 64 * GIB, 64 * GIB, 2))
+    assert refusals(found) == ["GPU H100, 64 GiB"]
+
+
+def test_what_train_accepts_by_start_anyway_is_a_warning() -> None:
+    found = spoil(healthy(), 3, gpu=Gpu("H100", "GPU-3", 80 * GIB, 50 * GIB, 2))
+    spoil(found, 2, memory=Memory(90 * GIB, 80 * GIB, GIB))
+    found.needs = replace(NEEDS, no_room="a plan of 99 GiB")
+    assert len(refusals(found)) == 3
+    found.needs = replace(NEEDS, no_room="a plan of 99 GiB", start_anyway=True)
+    assert (refusals(found), len(problems_of(found))) == ([], 3)
+
+
+def test_the_plans_door_is_trains(tmp_path: Path) -> None:
+    """With the reserve, and with the servers' room: as `check_fits` has it."""
+    config = run_config(tmp_path, "Llama-3-8B", **SGLANG_8B)
+    for gib in (80, 64, 48, 24, 16):
+        try:
+            check_fits(config, 8, gib * GIB, True)
+            fits = True
+        except ConfigError:
+            fits = False
+        assert (needs_of(config, 8, 8, gib * GIB, 0).no_room == "") is fits, gib
+    assert needs_of(config, 8, 8, 80 * GIB, 0).no_room == ""
+    assert needs_of(config, 8, 8, 16 * GIB, 0).no_room != ""
+
+
+def test_a_visitor_makes_its_node_look_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an NFS client that believes a folder absent until something changes beside it."""
+    looked: list[Path] = []
+    host_trial, guest_trial = Trial(tmp_path / "run", "11"), Trial(tmp_path / "run", "11")
+    made = tempfile.NamedTemporaryFile
+
+    def changed(*arguments: object, **keywords: object) -> object:
+        looked.append(Path(str(keywords["dir"])))
+        assert host_trial.open() == ""
+        return made(*arguments, **keywords)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", changed)
+    assert guest_trial.visit("rank_2") == ""
+    assert looked == [tmp_path]
+    host_trial.close()
+    assert list(tmp_path.iterdir()) == []
