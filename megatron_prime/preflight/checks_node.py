@@ -18,7 +18,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
     for members in all_of.nodes.values():
         present = [all_of.facts[rank] for rank in members if rank in all_of.facts]
         gpus = {facts.seat.rank: facts.gpu for facts in present if facts.gpu}
-        yield from _one_each(gpus, len(members))
+        yield from _one_each(gpus, all_of.needs.gpus_seen if all_of.needs else 1)
         leader = next((facts for facts in present if facts.driver), None)
         tenants = leader.driver.tenants if leader and leader.driver else ()
         ours = {all_of.seats[rank].pid for rank in members}
@@ -27,7 +27,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
             there = [one for one in others if one.uuid == gpu.uuid]
             yield from _free(rank, gpu, there, all_of.needs)
         if leader:
-            uuids = {gpu.uuid for gpu in gpus.values()}
+            uuids = {gpu.uuid for gpu in gpus.values()} - {""}
             shared = all_of.needs is not None and all_of.needs.shares_gpus
             yield from _cards(leader, tuple(members), uuids, shared)
     for rank, facts in all_of.facts.items():
@@ -42,14 +42,24 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
             )
 
 
-def _one_each(gpus: dict[int, Gpu], ranks: int) -> Iterator[Problem]:
+def _one_each(gpus: dict[int, Gpu], seen: int) -> Iterator[Problem]:
     for rank, gpu in gpus.items():
-        if gpu.visible < ranks:
+        if gpu.visible < seen:
             yield Problem(
                 (rank,),
                 f"{gpu.visible} visible GPUs",
-                f"those of all {ranks} ranks of the node",
-                "sbatch --gpus-per-node, not --gpus-per-task; or fewer --ntasks-per-node",
+                f"the {seen} of a rollout server (rollout.tensor_parallel_size)",
+                "sbatch --gpus-per-node, not --gpus-per-task",
+            )
+    uuids = {gpu.uuid for gpu in gpus.values() if gpu.uuid}
+    for uuid in sorted(uuids):
+        sharing = tuple(rank for rank, gpu in gpus.items() if gpu.uuid == uuid)
+        if len(sharing) > 1:
+            yield Problem(
+                sharing,
+                f"one GPU for {len(sharing)} ranks",
+                "one for each rank",
+                "fewer --ntasks-per-node, or more --gpus-per-node",
             )
 
 
@@ -125,6 +135,7 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
                 f"{memory.shm_free / GIB:.2f} GiB free in /dev/shm",
                 f"{needs.shm / GIB:.2f} GiB for what ranks hand each other",
                 "a container's --shm-size, or clear what others left there",
+                refuses=needs.shm_is_sure,
             )
 
 
@@ -137,16 +148,17 @@ def disk_problems(all_of: Findings) -> Iterator[Problem]:
         if facts.disk is None:
             continue
         wanted = needs.checkpoints * needs.checkpoint + needs.export
-        if facts.disk.free >= wanted:
+        free = facts.disk.free + needs.left_over
+        if free >= wanted:
             continue
         kept = "checkpoint.keep = 0 keeps all" if needs.keeps_all else "lower checkpoint.keep"
         yield Problem(
             all_of.node_of(rank),
-            f"{facts.disk.free / GIB:.1f} GiB free below run.folder",
+            f"{free / GIB:.1f} GiB free below run.folder",
             f"{wanted / GIB:.1f} GiB: {needs.checkpoints} checkpoints of "
             f"{needs.checkpoint / GIB:.1f}, and the exported model",
             f"make room, {kept}, or take another run.folder",
-            refuses=not needs.keeps_all or facts.disk.free < needs.checkpoint + needs.export,
+            refuses=not needs.keeps_all or free < needs.checkpoint + needs.export,
         )
 
 

@@ -28,9 +28,12 @@ from megatron_prime.config_file import describe
 from megatron_prime.preflight import nvidia
 from megatron_prime.preflight.children import output_of
 from megatron_prime.preflight.facts import Disk, Facts, Gpu, Limits, Memory, Seat, Source
+from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.provenance import installed
 
 PACKAGES = ("transformers", "transformer-engine", "megatron-core", "numpy")
+MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".tiktoken", ".py")
+TOKENIZER_FILES = ("merges.txt", "vocab.txt")
 LOOPBACK = "127.0.0.1"
 EDGE = 64 * 2**10  # bytes at a file's start and end that make its digest, with its size
 
@@ -124,7 +127,7 @@ def gpu(local_rank: int) -> Gpu | None:
     index = local_rank % visible
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    uuid = f"GPU-{getattr(properties, 'uuid', index)}"
+    uuid = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else ""  # older torch: unknown
     return Gpu(properties.name, uuid, total, free, visible)
 
 
@@ -145,9 +148,10 @@ def limits() -> Limits:
 
 def memory() -> Memory:
     """Of the host, and of its shared memory."""
-    found = psutil.virtual_memory()
+    found, total = psutil.virtual_memory(), host_bytes()
     shm = Path("/dev/shm")
-    return Memory(found.total, found.available, disk(shm).free if shm.is_dir() else None)
+    shm_free = disk(shm).free if shm.is_dir() else None
+    return Memory(total, min(total, found.available), shm_free)
 
 
 def disk(folder: Path) -> Disk:
@@ -187,7 +191,7 @@ def sources(config: RunConfig) -> dict[str, Source]:
 def source(path: Path) -> Source:
     """Size, start and end of a file or of all files of a model's folder."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.is_file())
+    files = [path] if path.is_file() else sorted(filter(matters, path.glob("*")))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
@@ -199,6 +203,16 @@ def source(path: Path) -> Source:
     if path.is_dir():
         problem = problem or missing_weights(path)
     return Source(str(path), _short(digest), problem)
+
+
+def matters(file: Path) -> bool:
+    """Of a model's folder: weights, configuration, tokenizer; not what tools and NFS leave there."""
+    name = file.name
+    return (
+        not name.startswith(".")
+        and (file.suffix in MODEL_FILES or name in TOKENIZER_FILES)
+        and file.is_file()
+    )
 
 
 def missing_weights(folder: Path) -> str:

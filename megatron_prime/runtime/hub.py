@@ -14,6 +14,7 @@ are there, and rank 0 does not leave while others still need it. `watchdog.py` i
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -207,10 +208,16 @@ class Hub:
 
 
 def listen_on(address: str) -> socket.socket:
-    """At a free port of `address`, or of all if that is not this machine's: a service's name."""
+    """At a free port of `address`, or of all if that is not this machine's: a service's name.
+
+    Of all, too, for a host's name that means loopback, as in Debian's /etc/hosts: on other nodes
+    the same name means this one.
+    """
     family, *_, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    is_loopback = ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback
+    here = "" if is_loopback and address not in (found[0], "localhost") else str(found[0])
     try:
-        listener = socket.create_server(found[:2], family=family, backlog=4096)
+        listener = socket.create_server((here, 0), family=family, backlog=4096)
     except OSError:  # not ours
         listener = socket.create_server(("", 0), family=family, backlog=4096)
     listener.setblocking(False)

@@ -19,14 +19,14 @@ from planned_runs import SGLANG_8B, run_config
 from megatron_prime import __main__ as command_line
 from megatron_prime.config import ConfigError
 from megatron_prime.planner.door import check_fits
-from megatron_prime.preflight import clocks, host
+from megatron_prime.preflight import clocks, host, probes
 from megatron_prime.preflight.checks import problems_of
 from megatron_prime.preflight.collectives import PAIRS
 from megatron_prime.preflight.exchange import Board
-from megatron_prime.preflight.facts import GIB, Gpu, Memory
+from megatron_prime.preflight.facts import GIB, Disk, Gpu, Memory
 from megatron_prime.preflight.findings import code_of, word
 from megatron_prime.preflight.host import _half_of
-from megatron_prime.preflight.needs import needs_of
+from megatron_prime.preflight.needs import left_over, needs_of
 from megatron_prime.preflight.shared_folder import Trial
 from megatron_prime.preflight.steps import Times
 from megatron_prime.preflight.table import report
@@ -176,3 +176,51 @@ def test_a_visitor_makes_its_node_look_anew(
     assert looked == [tmp_path]
     host_trial.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_tools_leave_beside_a_model_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer.model").write_bytes(b"tokens")
+    before = probes.source(tmp_path).digest
+    for name in (".gitattributes", "README.md", ".nfs00012", ".cache.json", "notes.txt"):
+        (tmp_path / name).write_text("of this node")
+    assert probes.source(tmp_path).digest == before
+    (tmp_path / "chat_template.jinja").write_text("of this node")
+    assert probes.source(tmp_path).digest != before
+
+
+def test_a_guess_of_shared_memory_warns() -> None:
+    found = spoil(healthy(), 2, memory=Memory(900 * GIB, 800 * GIB, 64 * 2**20))
+    assert (refusals(found), len(problems_of(found))) == ([], 1)
+    found.needs = replace(NEEDS, shm_is_sure=True)  # SGLang's buffers on a CPU
+    assert refusals(found) == ["0.06 GiB free in /dev/shm"]
+
+
+def test_a_gpu_per_task_is_enough_for_servers_of_one() -> None:
+    found = healthy()
+    for rank in found.facts:
+        spoil(found, rank, gpu=Gpu("H100", f"GPU-{rank}", 80 * GIB, 79 * GIB, 1))
+    assert problems_of(found) == []
+    found.needs = replace(NEEDS, gpus_seen=2)
+    assert refusals(found) == ["1 visible GPUs"]
+
+
+def test_one_gpu_for_two_ranks() -> None:
+    found = spoil(healthy(), 3, gpu=Gpu("H100", "GPU-2", 80 * GIB, 79 * GIB, 1))
+    assert refusals(found) == ["one GPU for 2 ranks"]
+    for rank in (2, 3):
+        spoil(found, rank, gpu=Gpu("H100", "", 80 * GIB, 79 * GIB, 2))
+    assert problems_of(found) == [], "where torch does not tell, nobody is blamed"
+
+
+def test_what_a_killed_save_left_is_free_for_the_next(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for name, size in {"writing_step_4": 100, "removing_step_1": 20, "step_000003": 7}.items():
+        (checkpoints / name / "policy").mkdir(parents=True)
+        (checkpoints / name / "policy" / "weights").write_bytes(bytes(size))
+    assert left_over(checkpoints) == 120
+    assert left_over(tmp_path / "absent") == 0
+    found = spoil(healthy(2), 0, disk=Disk(600 * GIB, 9000 * GIB))
+    assert len(refusals(found)) == 1
+    found.needs = replace(NEEDS, left_over=15 * GIB)
+    assert problems_of(found) == []
