@@ -90,9 +90,11 @@ if [ "${PREFLIGHT:-}" != no ]; then # at every start: a requeued job has other n
   if [ "$code" -eq 77 ] || [ "$code" -ge 128 ]; then code=78; fi
 fi
 if [ "$code" -eq 0 ]; then
-  # --wait ends what is left after a while: longer than Slurm's SlurmdTimeout (300 s), so that it
-  # misses a lost node and requeues the job.
-  on_all_ranks --wait=400 --output="$logs/rank_%5t.txt" --open-mode=append \
+  # --wait ends what is left after a while: longer than Slurm's SlurmdTimeout (300 s unless the site
+  # says otherwise), so that it misses a lost node and requeues the job.
+  timeout=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9][0-9]*\) sec.*/\1/p') || timeout=''
+  if [ "${timeout:-0}" -lt 300 ]; then timeout=300; fi
+  on_all_ranks --wait="$((timeout + 100))" --output="$logs/rank_%5t.txt" --open-mode=append \
     "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}"
   if [ "$code" -ne 0 ]; then
     lines=20

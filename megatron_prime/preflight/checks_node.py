@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_prime.preflight.facts import GIB, Facts, Gpu, Tenant
+from megatron_prime.preflight.facts import DIRTY_BYTES, GIB, Facts, Gpu, Tenant
 from megatron_prime.preflight.findings import Findings, Problem
 from megatron_prime.preflight.needs import Needs
 
 TENANTS_NAMED = 3
 ALONE = {"Exclusive_Process": 1, "Prohibited": 0}  # processes that a GPU in this mode takes
-DIRTY_BYTES = 2 * GIB  # used on a GPU before the run: more than the contexts of this preflight
 
 
 def gpu_problems(all_of: Findings) -> Iterator[Problem]:

@@ -34,7 +34,7 @@ def preflight(
     """This rank's part; the exit code. `node`: the name of this one, `config_problem`: why not."""
     seat = Seat(here.rank, here.local_rank, node, os.getpid())
     times = Times.of(time.monotonic() - process_age(), options.seconds)
-    asked = probes_of(config, seat, here.local_world_size, options.asks_for_gpus)
+    asked = probes_of(config, seat, here.local_world_size, options.asks_for_gpus, until=times.come)
     probes = Probes(seat, config_problem, asked)
     try:
         serves = here.rank == 0 and options.serves_store

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pydantic import TypeAdapter
 
 GIB = 2**30
+DIRTY_BYTES = 2 * GIB  # used on a GPU before the run: more than the contexts of a preflight
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,23 @@ from megatron_prime.config import RunConfig
 from megatron_prime.config_file import describe
 from megatron_prime.preflight import nvidia
 from megatron_prime.preflight.children import output_of
-from megatron_prime.preflight.facts import Disk, Facts, Gpu, Limits, Memory, Seat, Source
+from megatron_prime.preflight.facts import (
+    DIRTY_BYTES,
+    Disk,
+    Facts,
+    Gpu,
+    Limits,
+    Memory,
+    Seat,
+    Source,
+)
 from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.provenance import installed
 
 PACKAGES = ("transformers", "transformer-engine", "megatron-core", "numpy")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".tiktoken", ".py")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt")
+FREES_S, AGAIN_S = 10.0, 0.5
 LOOPBACK = "127.0.0.1"
 EDGE = 64 * 2**10  # bytes at a file's start and end that make its digest, with its size
 
@@ -71,12 +81,16 @@ class Probes:
 
 
 def probes_of(
-    config: RunConfig, seat: Seat, local_ranks: int, asks_for_gpus: bool = True
+    config: RunConfig,
+    seat: Seat,
+    local_ranks: int,
+    asks_for_gpus: bool = True,
+    until: float = 0.0,
 ) -> dict[str, Probe]:
-    """What a rank asks of itself, and, when it leads, of its node."""
+    """What a rank asks of itself, and, when it leads, of its node. GPUs may get free `until`."""
     own: dict[str, Probe] = {
         "versions": lambda: versions(config),
-        "gpu": lambda: gpu(seat.local_rank),
+        "gpu": lambda: gpu(seat.local_rank, until),
         "has_gpu_device": lambda: Path("/dev/nvidiactl").exists(),
         "asks_for_gpus": lambda: asks_for_gpus,
         "limits": limits,
@@ -119,14 +133,22 @@ def code_digest() -> str:
     return _short(digest)
 
 
-def gpu(local_rank: int) -> Gpu | None:
-    """The rank's device, chosen as `train` does; None where torch finds none."""
+def gpu(local_rank: int, until: float = 0.0) -> Gpu | None:
+    """The rank's device, chosen as `train` does; None where torch finds none.
+
+    What a job leaves may take seconds to go: while much is taken, memory is read again, for
+    `FREES_S` and not beyond `until`.
+    """
     if not torch.cuda.is_available():
         return None
     visible = torch.cuda.device_count()
     index = local_rank % visible
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
+    until = min(until, time.monotonic() + FREES_S)
+    while total - free > DIRTY_BYTES and time.monotonic() < until:
+        time.sleep(AGAIN_S)
+        free, total = torch.cuda.mem_get_info(index)
     uuid = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else ""  # older torch: unknown
     return Gpu(properties.name, uuid, total, free, visible)
 
@@ -206,7 +228,7 @@ def source(path: Path) -> Source:
 
 
 def matters(file: Path) -> bool:
-    """Of a model's folder: weights, configuration, tokenizer; not what tools and NFS leave there."""
+    """Of a model's folder: weights, configuration, tokenizer; not what tools and NFS leave."""
     name = file.name
     return (
         not name.startswith(".")

@@ -71,9 +71,7 @@ class Trial:
             os.fsync(file.fileno())
         draft.rename(self.path / who)
 
-    def _appears(
-        self, who: str, until: float, between: Callable[[], None] = lambda: None
-    ) -> bool:
+    def _appears(self, who: str, until: float, between: Callable[[], None] = lambda: None) -> bool:
         while True:
             with suppress(FileNotFoundError):  # not yet
                 return (self.path / who).read_text() == self.name

@@ -24,8 +24,8 @@ def report(all_of: Findings, problems: Sequence[Problem], seconds: float, code: 
         lines.append("")
     for one in problems:
         lines.append(
-            f"{word(one)}  {where(one.ranks, all_of.seats)}: found {one.found}; wanted {one.wanted}; "
-            f"{one.mend}"
+            f"{word(one)}  {where(one.ranks, all_of.seats)}: found {one.found}; "
+            f"wanted {one.wanted}; {one.mend}"
         )
     refusals, late, warnings = (
         sum(word(one) == kind for one in problems) for kind in ("REFUSED", "LATE", "warning")

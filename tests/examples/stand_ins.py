@@ -1,7 +1,8 @@
 """Stand-ins for Slurm's commands, and a job's shell between them.
 
 They write down what they were asked, in the folder FAKE, and answer as variables say: REFUSAL is
-the preflight's exit code, SECOND that of a second look, CODE that of train, `wait` until a signal comes.
+the preflight's exit code, SECOND that of a second look, CODE that of train, `wait` until a signal
+comes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ fi
 case $* in
   'show hostnames gpu[1-8]') printf 'gpu%d\\n' {1..8}; exit ;;
   '-o show node gpu1') echo 'NodeName=gpu1 NodeAddr=10.0.0.1 Version=22.05'; exit ;;
+  'show config') echo "SlurmdTimeout           = ${TIMEOUT:-300} sec"; exit ;;
   requeue*) echo "$*" >> "$FAKE/scontrol"; exit "${REQUEUES:-0}" ;;
 esac
 echo "$3" > "$FAKE/asked"

@@ -52,6 +52,13 @@ def test_the_command_of_each_rank(name: str, cluster: Cluster) -> None:
     assert cluster.said("environment")[2] == "10.0.0.1"
 
 
+@pytest.mark.parametrize(("timeout", "wait"), [("600", "700"), ("30", "400"), ("unknown", "400")])
+def test_a_lost_node_is_slurms_to_notice(timeout: str, wait: str, cluster: Cluster) -> None:
+    """srun waits longer for ranks than Slurm does for a node, whatever the site's SlurmdTimeout."""
+    assert cluster.run(TIMEOUT=timeout)[0] == 0
+    assert f"--wait={wait}" in cluster.said("srun")
+
+
 def test_the_nodes_are_looked_at_first(cluster: Cluster) -> None:
     code, output = cluster.run()
     assert code == 0, output
@@ -120,13 +127,14 @@ def test_a_signal_during_the_look_requeues(looked: str, cluster: Cluster) -> Non
 
 def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     source = (EXAMPLES / NAMES[0] / "run.sbatch").read_text()
-    commented = re.findall(r"^# (CONTAINER=\(.*\n# .*\))$", source, re.MULTILINE)[0]
+    commented = re.findall(r"^# (CONTAINER=\((?:.*\n# )+.*\))$", source, re.MULTILINE)[0]
     given = commented.replace("\n#", "\n")
     script = cluster.folder / "run.sbatch"
     script.write_text(re.sub(r"^CONTAINER=\(\)$", given, source, flags=re.M))
-    options = given.partition("(")[2].rstrip(")").split()
+    options = given.partition("(")[2].rstrip(")").replace("$SLURM_JOB_ID", "123").split()
     assert [option.partition("=")[0] for option in options] == [
         "--container-image",
+        "--container-name",
         "--container-mounts",
         "--container-env",
     ]
@@ -135,7 +143,7 @@ def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     for file in ("preflight", "srun"):
         words = cluster.said(file)
         at = words.index(options[0])
-        assert words[at : at + 3] == options
+        assert words[at : at + len(options)] == options
         assert at < words.index("/p/python")
     words = cluster.said("srun")
     assert not any(word.startswith("--data.eval") for word in words)

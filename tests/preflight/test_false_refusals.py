@@ -8,8 +8,10 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from made_up import NEEDS, healthy, spoil
 
@@ -224,3 +226,19 @@ def test_what_a_killed_save_left_is_free_for_the_next(tmp_path: Path) -> None:
     assert len(refusals(found)) == 1
     found.needs = replace(NEEDS, left_over=15 * GIB)
     assert problems_of(found) == []
+
+
+def test_memory_that_a_job_before_frees_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([(50 * GIB, 80 * GIB), (60 * GIB, 80 * GIB), (79 * GIB, 80 * GIB)])
+    monkeypatch.setattr(probes, "AGAIN_S", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    properties = SimpleNamespace(name="H100", uuid="7")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: next(said))
+    found = probes.gpu(9, time.monotonic() + 60)
+    assert found == Gpu("H100", "GPU-7", 80 * GIB, 79 * GIB, 8)
+    said = iter([(50 * GIB, 80 * GIB)])
+    taken = probes.gpu(0, time.monotonic())  # no time left: as it is
+    assert taken is not None
+    assert taken.free == 50 * GIB

@@ -200,6 +200,16 @@ def test_a_probe_that_hangs_is_named_in_time(job: Job) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_rank_that_dies_before_it_tells_blames_nobody_else(rank: int, job: Job) -> None:
+    found = job.run({rank: "dies"}, f"--seconds={LIMIT_S}")
+    assert found.codes == [9 if one == rank else 77 for one in range(RANKS)], found.output
+    assert [line.partition(";")[0] for line in found.refusals()] == [
+        f"LATE  rank {rank} on gpu01: found came, but told nothing"
+    ]
+
+
+@pytest.mark.slow
 def test_a_folder_that_nobody_can_write_to(job: Job) -> None:
     (job.folder / "file").touch()
     found = job.run({}, f"--run.folder={job.folder}/file/run")
