@@ -107,7 +107,9 @@ def reduce_problems(all_of: Findings) -> Iterator[Problem]:
         begun = all_of.at.get(rank, 0) // 2
         if one.error:
             stage = all_of.stages[begun].name
-            yield Problem((rank,), one.error, f"{CIRCLES[stage]} to end", MENDS[stage])
+            late = one.error.startswith("DistStoreError")  # waited in vain for another rank
+            wanted = f"{CIRCLES[stage]} to end"
+            yield Problem((rank,), one.error, wanted, MENDS[stage], late=late)
         for timing in one.timings:
             if not timing.is_right:
                 yield Problem(

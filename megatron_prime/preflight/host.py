@@ -52,8 +52,8 @@ def be_host(
     _reduce(here, board, times, found, options.seconds)
     problems = problems_of(found)
     code = code_of(problems, options.refused, options.late)
-    print(report(found, problems, time.monotonic() - start, code), flush=True)
     options.decided(code)
+    print(report(found, problems, time.monotonic() - start, code), flush=True)
     board.pin("verdict", str(code))
     _wait_for_byes(board, [rank for rank in found.seats if rank], times)
     return code
@@ -74,7 +74,7 @@ def _ask(
         seat.rank: seat
         for seat in map(SEAT.validate_json, _all(board, "seat", range(here.world_size), times.come))
     }
-    listener = listen_on(here.master_addr)
+    listener = listen_on(here.master_addr, here.world_size > here.local_world_size)
     left_s = tuple(moment - time.monotonic() for moment in times)
     go = steps.Go(left_s, trial.name, listener.getsockname()[1])
     board.pin("go", steps.GO.dump_json(go).decode())

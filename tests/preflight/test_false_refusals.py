@@ -25,7 +25,7 @@ from megatron_prime.preflight import clocks, host, probes
 from megatron_prime.preflight.checks import problems_of
 from megatron_prime.preflight.collectives import PAIRS
 from megatron_prime.preflight.exchange import Board
-from megatron_prime.preflight.facts import GIB, Disk, Gpu, Memory
+from megatron_prime.preflight.facts import GIB, Disk, Gpu, Memory, Reduced
 from megatron_prime.preflight.findings import code_of, word
 from megatron_prime.preflight.host import _half_of
 from megatron_prime.preflight.needs import left_over, needs_of
@@ -242,3 +242,10 @@ def test_memory_that_a_job_before_frees_is_read_again(monkeypatch: pytest.Monkey
     taken = probes.gpu(0, time.monotonic())  # no time left: as it is
     assert taken is not None
     assert taken.free == 50 * GIB
+
+
+def test_who_waited_in_vain_for_a_late_rank_is_late() -> None:
+    found = healthy()
+    for error, said in {"DistStoreError: timeout": "LATE", "RuntimeError: NCCL": "REFUSED"}.items():
+        found.reduced = {**found.reduced, 2: Reduced((), error)}
+        assert [word(one) for one in problems_of(found)] == [said]

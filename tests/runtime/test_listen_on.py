@@ -10,17 +10,18 @@ from megatron_prime.runtime import hub
 
 
 @pytest.mark.parametrize(
-    ("address", "means", "bound"),
+    ("address", "means", "several", "bound"),
     [
-        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
-        ("localhost", "127.0.0.1", "127.0.0.1"),
-        ("gpu01", "127.0.1.1", ""),  # as in Debian's /etc/hosts
-        ("gpu01", "10.0.0.1", "10.0.0.1"),
-        ("10.0.0.1", "10.0.0.1", "10.0.0.1"),
+        ("127.0.0.1", "127.0.0.1", True, "127.0.0.1"),
+        ("localhost", "127.0.0.1", True, "127.0.0.1"),
+        ("gpu01", "127.0.1.1", True, ""),  # as in Debian's /etc/hosts
+        ("gpu01", "127.0.1.1", False, "127.0.1.1"),
+        ("gpu01", "10.0.0.1", True, "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", True, "10.0.0.1"),
     ],
 )
 def test_a_name_that_means_loopback_here_means_this_node_elsewhere(
-    address: str, means: str, bound: str, monkeypatch: pytest.MonkeyPatch
+    address: str, means: str, several: bool, bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     create = socket.create_server
@@ -32,5 +33,5 @@ def test_a_name_that_means_loopback_here_means_this_node_elsewhere(
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (means, 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     monkeypatch.setattr(socket, "create_server", listen)
-    hub.listen_on(address).close()
+    hub.listen_on(address, several).close()
     assert asked == [bound]
