@@ -10,8 +10,9 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_prime import __version__
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from megatron_prime.runtime.rendezvous import Rendezvous
 
 REFUSED = 78  # of a preflight: sysexits' EX_CONFIG, something is not set up as it should be
+LATE = 77  # of a preflight: nothing is known to be wrong, but not all answered in time
 LAST_S = 1.0  # after a preflight's end, for what Python can't end
+GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
+NO_GPUS = ("", "-1", "NoDevFiles")  # in them
 COMMANDS = {
     "preflight": "look whether the nodes can run RUN.toml: a table, and what is wrong, within 60 s",
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
@@ -47,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(config))
             return 0
         if command == "preflight":
-            return _preflight(path, config, here, given)
+            _preflight(path, config, here, given)
         from megatron_prime.validate import check
 
         check(config, command, here.world_size)
@@ -58,13 +62,22 @@ def main(arguments: list[str] | None = None) -> int:
     return _run(command, path, config, here)
 
 
-def _preflight(path: Path, config: RunConfig, here: Rendezvous, given: argparse.Namespace) -> int:
+def _preflight(
+    path: Path, config: RunConfig, here: Rendezvous, given: argparse.Namespace
+) -> NoReturn:
     """Look at the nodes, for `train`; a rank that can't run says so at the meeting, too."""
     from megatron_prime.config import ConfigError
     from megatron_prime.runtime.exit_timer import ExitTimer, process_age
 
-    last_resort = ExitTimer(0 if given.warn_only else REFUSED)  # imports may hang, too
+    last_resort = ExitTimer(0 if given.warn_only else LATE)  # imports may hang, too
     last_resort.set(max(LAST_S, given.seconds + LAST_S - process_age()))
+
+    def decided(code: int) -> None:
+        """From now on whatever hangs ends with the verdict."""
+        verdict = ExitTimer(code)
+        verdict.set(max(LAST_S, given.seconds + LAST_S - process_age()))
+        last_resort.set(0)
+
     from megatron_prime.preflight.door import preflight
     from megatron_prime.preflight.steps import Options
     from megatron_prime.runtime.parent import die_with
@@ -83,8 +96,27 @@ def _preflight(path: Path, config: RunConfig, here: Rendezvous, given: argparse.
             print(f"{path} can't run:\n{error}", file=sys.stderr)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    options = Options(given.seconds, 0 if given.warn_only else REFUSED, serves_store=not agents)
-    return preflight(config, problem, here, node, options)
+    options = Options(
+        given.seconds,
+        0 if given.warn_only else REFUSED,
+        0 if given.warn_only else LATE,
+        serves_store=not agents,
+        asks_for_gpus=_asks_for_gpus(os.environ),
+        decided=decided,
+    )
+    code = preflight(config, problem, here, node, options)
+    decided(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Python's tidying may wait for groups of gloo and NCCL, or be aborted in them
+
+
+def _asks_for_gpus(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm, or who started this, gave GPUs; a CPU's run may be on a node that has some."""
+    given = {name: environ.get(name, "") for name in GPUS}
+    if given["SLURM_GPUS_ON_NODE"] == "0":  # a number, elsewhere it is a device
+        given["SLURM_GPUS_ON_NODE"] = ""
+    return any(value not in NO_GPUS for value in given.values())
 
 
 def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 
 from megatron_prime.config import ConfigError, RunConfig
@@ -19,6 +18,7 @@ from megatron_prime.planner.memory import GIB, make_plan
 from megatron_prime.planner.residency import NEEDED, RESIDENT, Table
 from megatron_prime.planner.table import at_most, plan_of, planned_tokens
 from megatron_prime.runtime.distributed import WorldRanks
+from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.ledger import Limits
 from megatron_prime.runtime.scheduler import PhaseScheduler
 
@@ -69,7 +69,7 @@ def limits_of(config: RunConfig, ranks: WorldRanks, local_ranks: int) -> Limits:
         tell(ranks, f"memory: no plan, so nothing is checked ({error})")
         return Limits(NEEDED if always else RESIDENT, starts_empty=always)
     if on_gpu:
-        check_host(config, least, local_ranks, psutil.virtual_memory().total)
+        check_host(config, least, local_ranks, host_bytes())
     tell(ranks, f"memory: {what_leaves(table, mine)}")
     empty = table is not RESIDENT
     if config.memory.start_anyway:

@@ -77,15 +77,24 @@ on_all_ranks() {
 code=0
 if [ "${PREFLIGHT:-}" != no ]; then # at every start: a requeued job has other nodes
   read -ra options <<<"${PREFLIGHT:-}"
-  # All end within a second or two of each other, but for one whose file system hangs.
-  on_all_ranks --wait=30 "$PYTHON" -m megatron_prime preflight "$FOLDER/prime.toml" \
-    ${options[@]+"${options[@]}"} "${knobs[@]}"
-  if [ "$code" -ge 128 ]; then code=78; fi # not all lived to hear it, but that was the verdict
+  # Who is late is looked at once more: the first look has read Python into the nodes' memory.
+  # 128 and above: a rank was killed, most often by --wait, for it began so late.
+  for look in 1 2; do
+    # All end within a second or two of each other, but for one whose file system hangs.
+    on_all_ranks --wait=30 "$PYTHON" -m megatron_prime preflight "$FOLDER/prime.toml" \
+      ${options[@]+"${options[@]}"} "${knobs[@]}"
+    if [ "$code" -ne 77 ] && [ "$code" -lt 128 ]; then break; fi
+    if [ "$look" -eq 1 ]; then say "exit code $code: not all answered in time; a second look"; fi
+  done
+  # Not all lived to hear it, or came, but that was the verdict.
+  if [ "$code" -eq 77 ] || [ "$code" -ge 128 ]; then code=78; fi
 fi
 if [ "$code" -eq 0 ]; then
-  # --wait ends what is left after a while: longer than Slurm's SlurmdTimeout (300 s), so that it
-  # misses a lost node and requeues the job.
-  on_all_ranks --wait=400 --output="$logs/rank_%5t.txt" --open-mode=append \
+  # --wait ends what is left after a while: longer than Slurm's SlurmdTimeout (300 s unless the site
+  # says otherwise), so that it misses a lost node and requeues the job.
+  timeout=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9][0-9]*\) sec.*/\1/p') || timeout=''
+  if [ "${timeout:-0}" -lt 300 ]; then timeout=300; fi
+  on_all_ranks --wait="$((timeout + 100))" --output="$logs/rank_%5t.txt" --open-mode=append \
     "$PYTHON" -m megatron_prime train "$FOLDER/prime.toml" "${knobs[@]}"
   if [ "$code" -ne 0 ]; then
     lines=20

@@ -37,6 +37,7 @@ def presence_problems(all_of: Findings) -> Iterator[Problem]:
             f"all {all_of.ranks} ranks",
             "see whether their nodes are up and reach rank 0's, and their tasks' output; where "
             "Python starts slowly, raise --seconds",
+            late=True,
         )
     for rank in sorted(all_of.seats):
         if rank not in all_of.facts:
@@ -45,6 +46,7 @@ def presence_problems(all_of: Findings) -> Iterator[Problem]:
                 "came, but told nothing",
                 "its facts",
                 "it was killed or hangs: see its output and its node",
+                late=True,
             )
     for node, members in all_of.nodes.items():
         if members != list(range(members[0], members[0] + len(members))):
@@ -60,7 +62,10 @@ def clock_problems(all_of: Findings) -> Iterator[Problem]:
     """Against rank 0's clock."""
     for rank, clock in all_of.clocks.items():
         if clock is None:
-            yield Problem(all_of.node_of(rank), "no answer about the time", "one", "see that node")
+            problem = Problem(
+                all_of.node_of(rank), "no answer about the time", "one", "see that node", late=True
+            )
+            yield problem
         elif abs(clock.offset) - clock.error > CLOCK_WARNS_S:
             ahead = "ahead of" if clock.offset > 0 else "behind"
             yield Problem(
@@ -82,6 +87,7 @@ def folder_problems(all_of: Findings) -> Iterator[Problem]:
                 problem or "no answer about run.folder",
                 "one folder that all nodes see and may write to",
                 "run.folder: an absolute path on a shared file system, with rights",
+                late=problem is None,
             )
     for rank, problem in all_of.hub.items():
         if problem:
@@ -101,7 +107,9 @@ def reduce_problems(all_of: Findings) -> Iterator[Problem]:
         begun = all_of.at.get(rank, 0) // 2
         if one.error:
             stage = all_of.stages[begun].name
-            yield Problem((rank,), one.error, f"{CIRCLES[stage]} to end", MENDS[stage])
+            late = one.error.startswith("DistStoreError")  # waited in vain for another rank
+            wanted = f"{CIRCLES[stage]} to end"
+            yield Problem((rank,), one.error, wanted, MENDS[stage], late=late)
         for timing in one.timings:
             if not timing.is_right:
                 yield Problem(
@@ -131,6 +139,7 @@ def _hung(all_of: Findings) -> Iterator[Problem]:
         f"did not {did} {CIRCLES[stage]} within {all_of.patience_s:.0f} s{waits}",
         "its end",
         MENDS[stage],
+        late=True,
     )
 
 

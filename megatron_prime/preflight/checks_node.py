@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_prime.preflight.facts import GIB, Facts, Gpu, Tenant
+from megatron_prime.preflight.facts import DIRTY_BYTES, GIB, Facts, Gpu, Tenant
 from megatron_prime.preflight.findings import Findings, Problem
 from megatron_prime.preflight.needs import Needs
 
 TENANTS_NAMED = 3
 ALONE = {"Exclusive_Process": 1, "Prohibited": 0}  # processes that a GPU in this mode takes
-DIRTY_BYTES = 2 * GIB  # used on a GPU before the run: more than the contexts of this preflight
 
 
 def gpu_problems(all_of: Findings) -> Iterator[Problem]:
@@ -18,7 +17,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
     for members in all_of.nodes.values():
         present = [all_of.facts[rank] for rank in members if rank in all_of.facts]
         gpus = {facts.seat.rank: facts.gpu for facts in present if facts.gpu}
-        yield from _one_each(gpus, len(members))
+        yield from _one_each(gpus, all_of.needs.gpus_seen if all_of.needs else 1)
         leader = next((facts for facts in present if facts.driver), None)
         tenants = leader.driver.tenants if leader and leader.driver else ()
         ours = {all_of.seats[rank].pid for rank in members}
@@ -27,7 +26,7 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
             there = [one for one in others if one.uuid == gpu.uuid]
             yield from _free(rank, gpu, there, all_of.needs)
         if leader:
-            uuids = {gpu.uuid for gpu in gpus.values()}
+            uuids = {gpu.uuid for gpu in gpus.values()} - {""}
             shared = all_of.needs is not None and all_of.needs.shares_gpus
             yield from _cards(leader, tuple(members), uuids, shared)
     for rank, facts in all_of.facts.items():
@@ -38,17 +37,28 @@ def gpu_problems(all_of: Findings) -> Iterator[Problem]:
                 "torch with CUDA, and a driver that is new enough for it",
                 "PYTHON: an interpreter with torch for CUDA; look at nvidia-smi, and at "
                 "CUDA_VISIBLE_DEVICES",
+                refuses=facts.asks_for_gpus,  # a CPU's run may be on a node that has GPUs
             )
 
 
-def _one_each(gpus: dict[int, Gpu], ranks: int) -> Iterator[Problem]:
+def _one_each(gpus: dict[int, Gpu], seen: int) -> Iterator[Problem]:
     for rank, gpu in gpus.items():
-        if gpu.visible < ranks:
+        if gpu.visible < seen:
             yield Problem(
                 (rank,),
                 f"{gpu.visible} visible GPUs",
-                f"those of all {ranks} ranks of the node",
-                "sbatch --gpus-per-node, not --gpus-per-task; or fewer --ntasks-per-node",
+                f"the {seen} of a rollout server (rollout.tensor_parallel_size)",
+                "sbatch --gpus-per-node, not --gpus-per-task",
+            )
+    uuids = {gpu.uuid for gpu in gpus.values() if gpu.uuid}
+    for uuid in sorted(uuids):
+        sharing = tuple(rank for rank, gpu in gpus.items() if gpu.uuid == uuid)
+        if len(sharing) > 1:
+            yield Problem(
+                sharing,
+                f"one GPU for {len(sharing)} ranks",
+                "one for each rank",
+                "fewer --ntasks-per-node, or more --gpus-per-node",
             )
 
 
@@ -64,6 +74,7 @@ def _free(rank: int, gpu: Gpu, others: list[Tenant], needs: Needs | None) -> Ite
             found,
             f"{needs.device / GIB:.1f} GiB for the plan's worst phase",
             "end what else runs there, or take other nodes; or plan with less: memory.device_gib",
+            refuses=not needs.start_anyway,
         )
     elif gpu.total - gpu.free > DIRTY_BYTES:
         yield Problem(
@@ -113,7 +124,9 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
                 f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of host memory free",
                 f"{needs.host / GIB:.1f} GiB for {of}",
                 'more nodes or ranks per model, or memory.offload = "never"',
-                refuses=needs.device is not None and memory.total < needs.host,
+                refuses=needs.device is not None
+                and memory.total < needs.host
+                and not needs.start_anyway,
             )
         if memory.shm_free is not None and memory.shm_free < needs.shm:
             yield Problem(
@@ -121,6 +134,7 @@ def memory_problems(all_of: Findings) -> Iterator[Problem]:
                 f"{memory.shm_free / GIB:.2f} GiB free in /dev/shm",
                 f"{needs.shm / GIB:.2f} GiB for what ranks hand each other",
                 "a container's --shm-size, or clear what others left there",
+                refuses=needs.shm_is_sure,
             )
 
 
@@ -133,16 +147,17 @@ def disk_problems(all_of: Findings) -> Iterator[Problem]:
         if facts.disk is None:
             continue
         wanted = needs.checkpoints * needs.checkpoint + needs.export
-        if facts.disk.free >= wanted:
+        free = facts.disk.free + needs.left_over
+        if free >= wanted:
             continue
         kept = "checkpoint.keep = 0 keeps all" if needs.keeps_all else "lower checkpoint.keep"
         yield Problem(
             all_of.node_of(rank),
-            f"{facts.disk.free / GIB:.1f} GiB free below run.folder",
+            f"{free / GIB:.1f} GiB free below run.folder",
             f"{wanted / GIB:.1f} GiB: {needs.checkpoints} checkpoints of "
             f"{needs.checkpoint / GIB:.1f}, and the exported model",
             f"make room, {kept}, or take another run.folder",
-            refuses=not needs.keeps_all or facts.disk.free < needs.checkpoint + needs.export,
+            refuses=not needs.keeps_all or free < needs.checkpoint + needs.export,
         )
 
 
@@ -173,7 +188,16 @@ def limit_problems(all_of: Findings) -> Iterator[Problem]:
 
 def probe_problems(all_of: Findings) -> Iterator[Problem]:
     """What could not be found out, and ranks that see another configuration."""
-    if all_of.needs is None or all_of.needs.no_plan:
+    if all_of.needs is not None and all_of.needs.no_room:
+        yield Problem(
+            tuple(all_of.seats),
+            all_of.needs.no_room,
+            "a plan that fits, for train asks the same at its door",
+            "python tools/plan.py step RUN.toml --ranks N says what would help; "
+            "memory.start_anyway = true, if the plan counts too much",
+            refuses=not all_of.needs.start_anyway,
+        )
+    elif all_of.needs is None or all_of.needs.no_plan:
         why = all_of.needs.no_plan if all_of.needs else "the planner did not answer"
         yield Problem(
             tuple(all_of.seats),
@@ -192,6 +216,8 @@ def probe_problems(all_of: Findings) -> Iterator[Problem]:
                 f"no answer about {QUESTIONS[name]}",
                 "one within the time",
                 "look at that node: a file system or a driver hangs; or raise --seconds",
+                refuses=name in HARD,
+                late=True,
             )
         for name, error in facts.failed.items():
             yield Problem(
@@ -214,6 +240,7 @@ QUESTIONS = {
     "versions": "versions",
     "gpu": "its GPU (torch.cuda)",
     "has_gpu_device": "GPUs (/dev)",
+    "asks_for_gpus": "the GPU request",
     "limits": "ulimits",
     "driver": "GPUs (nvidia-smi)",
     "memory": "the host's memory",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from megatron_prime.preflight.facts import Facts
+from megatron_prime.preflight.facts import GIB, Facts, Gpu
 from megatron_prime.preflight.findings import Findings, Problem
 
 MENDS = {
@@ -15,6 +15,7 @@ MENDS = {
     "configuration": "start all ranks with the same RUN.toml and --section.key=value",
     "sglang": "rollout.sglang_python: take an interpreter that all nodes share",
 }
+SAME_SIZE = 0.02  # totals of one kind of GPU differ by tenths of a GiB
 ENVIRONMENT = "take one interpreter (PYTHON) or container that all nodes share"
 
 
@@ -73,17 +74,26 @@ def source_problems(all_of: Findings) -> Iterator[Problem]:
 
 def gpu_kinds(all_of: Findings) -> Iterator[Problem]:
     """One kind of GPU, and as many ranks on every node."""
+    sizes: list[int] = []
     kinds = {
-        rank: f"{facts.gpu.name}, {facts.gpu.total / 2**30:.0f} GiB" if facts.gpu else "none"
-        for rank, facts in all_of.facts.items()
+        rank: _kind(facts.gpu, sizes) if facts.gpu else "none"
+        for rank, facts in sorted(all_of.facts.items())
         if "gpu" not in (*facts.silent, *facts.failed)
     }
     mend = "ask for one kind of GPU (sbatch --gpus-per-node=h100:8, --constraint); see nvidia-smi"
     yield from _differ("GPU", kinds, mend)
     if len(all_of.seats) == all_of.ranks:
-        sizes = {members[0]: str(len(members)) for members in all_of.nodes.values()}
+        numbers = {members[0]: str(len(members)) for members in all_of.nodes.values()}
         mend = "sbatch --ntasks-per-node: as many on each node"
-        yield from _of_nodes(all_of, _differ("number of ranks", sizes, mend))
+        yield from _of_nodes(all_of, _differ("number of ranks", numbers, mend))
+
+
+def _kind(gpu: Gpu, sizes: list[int]) -> str:
+    """Name and size; what drivers keep for themselves makes no other kind. Adds to `sizes`."""
+    alike = (size for size in sizes if abs(size - gpu.total) <= SAME_SIZE * size)
+    if (size := next(alike, None)) is None:
+        sizes.append(size := gpu.total)
+    return f"{gpu.name}, {size / GIB:.0f} GiB"
 
 
 def _differ(

@@ -34,23 +34,23 @@ def preflight(
     """This rank's part; the exit code. `node`: the name of this one, `config_problem`: why not."""
     seat = Seat(here.rank, here.local_rank, node, os.getpid())
     times = Times.of(time.monotonic() - process_age(), options.seconds)
-    refused = options.refused
-    probes = Probes(seat, config_problem, probes_of(config, seat, here.local_world_size))
+    asked = probes_of(config, seat, here.local_world_size, options.asks_for_gpus, until=times.come)
+    probes = Probes(seat, config_problem, asked)
     try:
         serves = here.rank == 0 and options.serves_store
         board = Board(meet(here, serves, times.come))
     except dist.DistError as error:
         if seat.leads:
             print(_not_met(here, seat, str(error).partition("\n")[0]), flush=True)
-        return refused
+        return options.refused if here.rank == 0 else options.late  # rank 0 may come yet
     try:
         if here.rank == 0:
             return be_host(config, here, board, probes, times, options)
-        return be_guest(config, here, seat, board, probes, times, refused)
+        return be_guest(config, here, seat, board, probes, times, options)
     except dist.DistError:  # the board is gone, and rank 0 with it
         if seat.leads:
             print(f"[preflight] {seat}: rank 0 ended before it gave a verdict", flush=True)
-        return refused
+        return options.late
 
 
 def _not_met(here: Rendezvous, seat: Seat, error: str) -> str:
@@ -61,7 +61,7 @@ def _not_met(here: Rendezvous, seat: Seat, error: str) -> str:
             "see ss -tlnp for what does; MASTER_PORT: another port, MASTER_ADDR: another address"
         )
     return (
-        f"[preflight] refused: {seat} found no rank 0 at {at} ({error}); see what rank 0 says, "
+        f"[preflight] late: {seat} found no rank 0 at {at} ({error}); see what rank 0 says, "
         "whether its node is up, and whether that address is reached from here (MASTER_ADDR, "
         "MASTER_PORT, firewalls)"
     )

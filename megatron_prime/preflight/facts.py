@@ -13,6 +13,7 @@ from itertools import pairwise
 from pydantic import TypeAdapter
 
 GIB = 2**30
+DIRTY_BYTES = 2 * GIB  # used on a GPU before the run: more than the contexts of a preflight
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Facts:
     versions: Mapping[str, str] | None = None
     gpu: Gpu | None = None
     has_gpu_device: bool | None = None  # a device file, whatever torch thinks of it
+    asks_for_gpus: bool = True  # its launcher gave it some
     limits: Limits | None = None
     driver: Driver | None = None
     memory: Memory | None = None

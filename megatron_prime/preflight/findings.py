@@ -19,6 +19,7 @@ class Problem:
     wanted: str
     mend: str
     refuses: bool = True  # else it is a warning
+    late: bool = False  # no answer in time: it may come at the next look
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Findings:
     ranks: int  # of the run
     waited_s: float = 0.0  # for ranks to come
     patience_s: float = 0.0  # for all-reduces
+    skips_pairs: bool = False  # too little of it was left for them
     seats: Mapping[int, Seat] = field(default_factory=dict)
     facts: Mapping[int, Facts] = field(default_factory=dict)
     needs: Needs | None = None
@@ -74,9 +76,22 @@ def _named(ranks: Sequence[int]) -> str:
 
 def merged(problems: Iterable[Problem]) -> list[Problem]:
     """Refusals first, and the same problem of several ranks once."""
-    found: dict[tuple[str, str, str, bool], set[int]] = {}
+    found: dict[tuple[str, str, str, bool, bool], set[int]] = {}
     for one in problems:
-        key = one.found, one.wanted, one.mend, one.refuses
+        key = one.found, one.wanted, one.mend, one.refuses, one.late
         found.setdefault(key, set()).update(one.ranks)
     whole = [Problem(tuple(sorted(ranks)), *key) for key, ranks in found.items()]
-    return sorted(whole, key=lambda one: not one.refuses)
+    return sorted(whole, key=lambda one: (not one.refuses, one.late))
+
+
+def word(problem: Problem) -> str:
+    """What a problem's line begins with."""
+    if not problem.refuses:
+        return "warning"
+    return "LATE" if problem.late else "REFUSED"
+
+
+def code_of(problems: Iterable[Problem], refused: int, late: int) -> int:
+    """The verdict: whoever is refused counts more than whoever is late."""
+    words = {word(one) for one in problems}
+    return refused if "REFUSED" in words else late if "LATE" in words else 0

@@ -13,6 +13,7 @@ from megatron_prime.preflight.shared_folder import Trial
 from megatron_prime.runtime.rendezvous import Rendezvous
 
 CALL_S = 5.0  # for a connection to rank 0's node
+PINNED_S = 0.2  # for an answer to be on the board before rank 0 stops looking
 
 
 def be_guest(
@@ -22,12 +23,12 @@ def be_guest(
     board: Board,
     probes: Probes,
     times: steps.Times,
-    refused: int,
+    options: steps.Options,
 ) -> int:
-    """The exit code, which rank 0 decides on; `refused` if it does not."""
+    """The exit code, which rank 0 decides on; `options.late` if it does not."""
     steps.pin_seat(board, seat)
     if (said := board.read("go", times.end)) is None:
-        return refused
+        return options.late
     go = steps.GO.validate_json(said)
     if go.code is None:
         times = go.times()
@@ -39,20 +40,23 @@ def be_guest(
             done = steps.reduce(here, board, todo, times.reduce) if todo else None
             steps.pin_reduced(board, seat.rank, done)
     verdict = str(go.code) if go.code is not None else board.read("verdict", times.end)
+    code = options.late if verdict is None else int(verdict)
+    options.decided(code)
     board.pin(f"bye/{seat.rank}", "")
-    return refused if verdict is None else int(verdict)
+    return code
 
 
 def _answer_for_node(
     config: RunConfig, here: Rendezvous, board: Board, go: steps.Go, times: steps.Times
 ) -> None:
     rank = here.rank
-    clocks.answer(board, rank, times.answers)
     trial = Trial(config.run.folder, go.trial)
-    problem = steps.within(lambda: trial.visit(f"rank_{rank}"), times.answers)
-    if problem is not None:
-        board.pin(f"shared/{rank}", problem)
-    board.pin(f"hub/{rank}", call(here.master_addr, go.port))
+    visited = steps.Begun(lambda: trial.visit(f"rank_{rank}"))
+    called = steps.Begun(lambda: call(here.master_addr, go.port))
+    clocks.answer(board, rank, times.clocks)  # rank 0 may be held up by others that are silent
+    for kind, begun in {"shared": visited, "hub": called}.items():
+        if (problem := begun.found(times.answers - PINNED_S)) is not None:
+            board.pin(f"{kind}/{rank}", problem)
 
 
 def call(address: str, port: int) -> str:

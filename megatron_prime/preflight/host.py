@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from megatron_prime.config import RunConfig
 from megatron_prime.preflight import clocks, steps
 from megatron_prime.preflight.checks import problems_of
-from megatron_prime.preflight.collectives import stages_of
+from megatron_prime.preflight.collectives import PAIRS, stages_of
 from megatron_prime.preflight.exchange import Board
 from megatron_prime.preflight.facts import FACTS, REDUCED, SEAT
-from megatron_prime.preflight.findings import Findings
+from megatron_prime.preflight.findings import Findings, code_of
 from megatron_prime.preflight.needs import Needs, needs_of
 from megatron_prime.preflight.probes import Probes
 from megatron_prime.preflight.shared_folder import Trial
@@ -21,6 +21,7 @@ from megatron_prime.runtime.hub import listen_on
 from megatron_prime.runtime.rendezvous import Rendezvous
 
 BYE_S = 3.0  # for the others to read the verdict
+PAIRS_FROM = 0.25  # of all seconds: with less left pairs of nodes are left out, the whole is not
 
 
 def be_host(
@@ -48,10 +49,10 @@ def be_host(
             found.shared = {0: ""} | dict(found.shared)
     finally:
         steps.within(trial.close, times.reduce)
-    _reduce(here, board, times, found)
+    _reduce(here, board, times, found, options.seconds)
     problems = problems_of(found)
-    refusals = [one for one in problems if one.refuses]
-    code = options.refused if refusals else 0
+    code = code_of(problems, options.refused, options.late)
+    options.decided(code)
     print(report(found, problems, time.monotonic() - start, code), flush=True)
     board.pin("verdict", str(code))
     _wait_for_byes(board, [rank for rank in found.seats if rank], times)
@@ -73,15 +74,15 @@ def _ask(
         seat.rank: seat
         for seat in map(SEAT.validate_json, _all(board, "seat", range(here.world_size), times.come))
     }
-    listener = listen_on(here.master_addr)
+    listener = listen_on(here.master_addr, here.world_size > here.local_world_size)
     left_s = tuple(moment - time.monotonic() for moment in times)
     go = steps.Go(left_s, trial.name, listener.getsockname()[1])
     board.pin("go", steps.GO.dump_json(go).decode())
     steps.pin_facts(board, probes, times.probes)
-    facts = map(FACTS.validate_json, _all(board, "facts", found.seats, times.answers))
+    facts = map(FACTS.validate_json, _all(board, "facts", found.seats, times.facts))
     found.facts = {one.seat.rank: one for one in facts}
     leaders = [rank for rank in found.leading if rank]
-    found.clocks = {rank: clocks.ask(board, rank, times.answers) for rank in leaders}
+    found.clocks = {rank: clocks.ask(board, rank, _half_of(times.clocks)) for rank in leaders}
     for kind in ("shared", "hub"):
         said = board.read_all([f"{kind}/{rank}" for rank in leaders], times.answers)
         setattr(found, kind, {rank: said.get(f"{kind}/{rank}") for rank in leaders})
@@ -101,15 +102,21 @@ def _needs(config: RunConfig, found: Findings) -> Needs:
     return needs_of(config, found.ranks, local, smallest, there)
 
 
-def _reduce(here: Rendezvous, board: Board, times: steps.Times, found: Findings) -> None:
+def _reduce(
+    here: Rendezvous, board: Board, times: steps.Times, found: Findings, seconds: float
+) -> None:
     """All-reduces, when all ranks are there."""
     everyone = range(here.world_size)
     if set(found.facts) != set(everyone):
         board.pin("reduce", "[]")
         return
     on_gpu = all(facts.gpu for facts in found.facts.values())
-    found.stages = tuple(stages_of(list(found.nodes.values()), on_gpu))
     found.patience_s = max(0.0, times.reduce - time.monotonic())
+    stages = stages_of(list(found.nodes.values()), on_gpu)
+    if found.patience_s < PAIRS_FROM * seconds:
+        found.skips_pairs = any(stage.name == PAIRS for stage in stages)
+        stages = [stage for stage in stages if stage.name != PAIRS]
+    found.stages = tuple(stages)
     board.pin("reduce", steps.STAGES.dump_json(found.stages).decode())
     steps.pin_reduced(board, 0, steps.reduce(here, board, found.stages, times.reduce))
     done = board.read_all([f"reduced/{rank}" for rank in everyone], times.reduce)
@@ -127,3 +134,9 @@ def _all(board: Board, kind: str, ranks: Iterable[int], until: float) -> list[st
 def _wait_for_byes(board: Board, ranks: Iterable[int], times: steps.Times) -> None:
     until = min(times.end, time.monotonic() + BYE_S)
     board.read_all([f"bye/{rank}" for rank in ranks], until)
+
+
+def _half_of(until: float) -> float:
+    """The time for one of several, so that one without an answer leaves some to all others."""
+    now = time.monotonic()
+    return now + (until - now) / 2

@@ -27,10 +27,23 @@ from megatron_prime.config import RunConfig
 from megatron_prime.config_file import describe
 from megatron_prime.preflight import nvidia
 from megatron_prime.preflight.children import output_of
-from megatron_prime.preflight.facts import Disk, Facts, Gpu, Limits, Memory, Seat, Source
+from megatron_prime.preflight.facts import (
+    DIRTY_BYTES,
+    Disk,
+    Facts,
+    Gpu,
+    Limits,
+    Memory,
+    Seat,
+    Source,
+)
+from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.provenance import installed
 
 PACKAGES = ("transformers", "transformer-engine", "megatron-core", "numpy")
+MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".tiktoken", ".py")
+TOKENIZER_FILES = ("merges.txt", "vocab.txt")
+FREES_S, AGAIN_S = 10.0, 0.5
 LOOPBACK = "127.0.0.1"
 EDGE = 64 * 2**10  # bytes at a file's start and end that make its digest, with its size
 
@@ -67,12 +80,19 @@ class Probes:
             self._failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def probes_of(config: RunConfig, seat: Seat, local_ranks: int) -> dict[str, Probe]:
-    """What a rank asks of itself, and, when it leads, of its node."""
+def probes_of(
+    config: RunConfig,
+    seat: Seat,
+    local_ranks: int,
+    asks_for_gpus: bool = True,
+    until: float = 0.0,
+) -> dict[str, Probe]:
+    """What a rank asks of itself, and, when it leads, of its node. GPUs may get free `until`."""
     own: dict[str, Probe] = {
         "versions": lambda: versions(config),
-        "gpu": lambda: gpu(seat.local_rank),
+        "gpu": lambda: gpu(seat.local_rank, until),
         "has_gpu_device": lambda: Path("/dev/nvidiactl").exists(),
+        "asks_for_gpus": lambda: asks_for_gpus,
         "limits": limits,
     }
     if not seat.leads:
@@ -113,15 +133,23 @@ def code_digest() -> str:
     return _short(digest)
 
 
-def gpu(local_rank: int) -> Gpu | None:
-    """The rank's device, chosen as `train` does; None where torch finds none."""
+def gpu(local_rank: int, until: float = 0.0) -> Gpu | None:
+    """The rank's device, chosen as `train` does; None where torch finds none.
+
+    What a job leaves may take seconds to go: while much is taken, memory is read again, for
+    `FREES_S` and not beyond `until`.
+    """
     if not torch.cuda.is_available():
         return None
     visible = torch.cuda.device_count()
     index = local_rank % visible
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    uuid = f"GPU-{getattr(properties, 'uuid', index)}"
+    until = min(until, time.monotonic() + FREES_S)
+    while total - free > DIRTY_BYTES and time.monotonic() < until:
+        time.sleep(AGAIN_S)
+        free, total = torch.cuda.mem_get_info(index)
+    uuid = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else ""  # older torch: unknown
     return Gpu(properties.name, uuid, total, free, visible)
 
 
@@ -142,9 +170,10 @@ def limits() -> Limits:
 
 def memory() -> Memory:
     """Of the host, and of its shared memory."""
-    found = psutil.virtual_memory()
+    found, total = psutil.virtual_memory(), host_bytes()
     shm = Path("/dev/shm")
-    return Memory(found.total, found.available, disk(shm).free if shm.is_dir() else None)
+    shm_free = disk(shm).free if shm.is_dir() else None
+    return Memory(total, min(total, found.available), shm_free)
 
 
 def disk(folder: Path) -> Disk:
@@ -184,7 +213,7 @@ def sources(config: RunConfig) -> dict[str, Source]:
 def source(path: Path) -> Source:
     """Size, start and end of a file or of all files of a model's folder."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.is_file())
+    files = [path] if path.is_file() else sorted(filter(matters, path.glob("*")))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
@@ -196,6 +225,16 @@ def source(path: Path) -> Source:
     if path.is_dir():
         problem = problem or missing_weights(path)
     return Source(str(path), _short(digest), problem)
+
+
+def matters(file: Path) -> bool:
+    """Of a model's folder: weights, configuration, tokenizer; not what tools and NFS leave."""
+    name = file.name
+    return (
+        not name.startswith(".")
+        and (file.suffix in MODEL_FILES or name in TOKENIZER_FILES)
+        and file.is_file()
+    )
 
 
 def missing_weights(folder: Path) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Trial:
     def visit(self, who: str) -> str:
         """Read rank 0's file and leave one, on another node; what went wrong, or nothing."""
         try:
-            if not self._appears("rank_0", time.monotonic() + APPEARS_S):
+            if not self._appears("rank_0", time.monotonic() + APPEARS_S, self._look_anew):
                 there = "is not there" if not self.run_folder.exists() else "is another folder"
                 return f"{self.run_folder} {there}: a file that rank 0 wrote is not seen in it"
             self._write(who)
@@ -70,10 +71,21 @@ class Trial:
             os.fsync(file.fileno())
         draft.rename(self.path / who)
 
-    def _appears(self, who: str, until: float) -> bool:
+    def _appears(self, who: str, until: float, between: Callable[[], None] = lambda: None) -> bool:
         while True:
             with suppress(FileNotFoundError):  # not yet
                 return (self.path / who).read_text() == self.name
             if time.monotonic() > until:
                 return False
+            between()
             time.sleep(POLL_S)
+
+    def _look_anew(self) -> None:
+        """Make NFS forget that something was not there, as it may believe for half a minute.
+
+        It does when this node changes the folder in which it looked: a file comes and goes in
+        the deepest folder on the way that it sees.
+        """
+        seen = next(folder for folder in self.path.absolute().parents if folder.exists())
+        with suppress(OSError):  # no rights there: then time has to mend it
+            tempfile.NamedTemporaryFile(prefix=".preflight_", dir=seen).close()

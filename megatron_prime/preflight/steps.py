@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -28,7 +28,10 @@ class Options:
 
     seconds: float = 60.0
     refused: int = 78  # exit code of a refusal; 0: it is said, and that is all
+    late: int = 77  # the same, where nobody is refused but somebody did not answer in time
     serves_store: bool = True  # rank 0 does; under torchrun its agent
+    asks_for_gpus: bool = True  # of this process's launcher
+    decided: Callable[[int], None] = lambda code: None  # told the verdict, before the end
 
 
 class Times(NamedTuple):
@@ -39,6 +42,16 @@ class Times(NamedTuple):
     answers: float
     reduce: float
     end: float
+
+    @property
+    def facts(self) -> float:
+        """Until then facts are waited for: a little after the last are pinned up."""
+        return self.probes + (self.answers - self.probes) / 4
+
+    @property
+    def clocks(self) -> float:
+        """Until then nodes are asked for the time; what else they answer comes after it."""
+        return self.probes + (self.answers - self.probes) * 3 / 4
 
     @classmethod
     def of(cls, start: float, seconds: float) -> Times:
@@ -65,13 +78,23 @@ GO = TypeAdapter(Go)
 STAGES = TypeAdapter(tuple[Stage, ...])
 
 
+class Begun(Generic[T]):
+    """A call in a thread that nobody has to wait for."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._found: list[T] = []
+        self._thread = threading.Thread(target=lambda: self._found.append(call()), daemon=True)
+        self._thread.start()
+
+    def found(self, until: float) -> T | None:
+        """What it returned, None if it has not in time."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        return self._found[0] if self._found else None
+
+
 def within(call: Callable[[], T], until: float) -> T | None:
     """What `call` returns, None if it has not in time; it then goes on in its thread."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
-    thread.start()
-    thread.join(max(0.0, until - time.monotonic()))
-    return found[0] if found else None
+    return Begun(call).found(until)
 
 
 def reduce(

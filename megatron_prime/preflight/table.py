@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_prime.preflight.collectives import ALL, GLOO, NODE
 from megatron_prime.preflight.facts import GIB, Facts, Timing, ranges
-from megatron_prime.preflight.findings import Findings, Problem, where
+from megatron_prime.preflight.findings import Findings, Problem, where, word
 
 HEAD = (
     *("node", "ranks", "versions", "devices", "least free", "host free", "/dev/shm"),
@@ -23,15 +23,17 @@ def report(all_of: Findings, problems: Sequence[Problem], seconds: float, code: 
     if problems:
         lines.append("")
     for one in problems:
-        word = "REFUSED" if one.refuses else "warning"
         lines.append(
-            f"{word}  {where(one.ranks, all_of.seats)}: found {one.found}; wanted {one.wanted}; "
-            f"{one.mend}"
+            f"{word(one)}  {where(one.ranks, all_of.seats)}: found {one.found}; "
+            f"wanted {one.wanted}; {one.mend}"
         )
-    refusals = sum(one.refuses for one in problems)
-    warnings = len(problems) - refusals
-    verdict = "refused" if code else "go, as was asked for" if refusals else "go"
-    counted = f"{refusals} refusals, {warnings} warnings" if problems else "no problems"
+    refusals, late, warnings = (
+        sum(word(one) == kind for one in problems) for kind in ("REFUSED", "LATE", "warning")
+    )
+    stops = "refused" if refusals else "late" if late else ""
+    verdict = "go" if not stops else stops if code else "go, as was asked for"
+    without = f", {late} without an answer in time" if late else ""
+    counted = f"{refusals} refusals, {warnings} warnings{without}" if problems else "no problems"
     lines += ["", f"[preflight] {verdict}: {counted}; {seconds:.1f} s"]
     return "\n".join(lines)
 
@@ -136,6 +138,8 @@ def _footnotes(all_of: Findings, kinds: Mapping[str, str]) -> Iterator[str]:
         if found := [t for one in all_of.reduced.values() for t in one.timings if t.stage == stage]:
             mib = found[0].size / 2**20
             yield f"all-reduce of all ranks, {backends[stage]}, {mib:.0f} MiB: {_timing(found)}"
+    if all_of.skips_pairs:
+        yield f"pairs of nodes: left out, {all_of.patience_s:.0f} s were left"
     if (needs := all_of.needs) is None:
         return
     if needs.no_plan:

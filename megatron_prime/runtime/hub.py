@@ -14,6 +14,7 @@ are there, and rank 0 does not leave while others still need it. `watchdog.py` i
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -83,11 +84,18 @@ class _Member:
 class Hub:
     """Listens on `address`; `port` and `token` are what a rank needs to join."""
 
-    def __init__(self, address: str, world_size: int, beat_s: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        world_size: int,
+        beat_s: float,
+        timeout_s: float,
+        several_nodes: bool = False,
+    ) -> None:
         """Serve `world_size` ranks, which must have come after `timeout_s`, from a thread."""
         self.token = secrets.token_hex(8)
         self._patience_s = float("inf")
-        self._listener = listen_on(address)
+        self._listener = listen_on(address, several_nodes)
         self.port = int(self._listener.getsockname()[1])
         self._world_size, self._beat_s, self._timeout_s = world_size, beat_s, timeout_s
         self._started = time.monotonic()
@@ -206,11 +214,18 @@ class Hub:
         self._members.remove(member)
 
 
-def listen_on(address: str) -> socket.socket:
-    """At a free port of `address`, or of all if that is not this machine's: a service's name."""
+def listen_on(address: str, several_nodes: bool) -> socket.socket:
+    """At a free port of `address`, or of all if that is not this machine's: a service's name.
+
+    Of all, too, with several nodes, for a name that means loopback, as in Debian's /etc/hosts: on
+    the other nodes the same name means this one.
+    """
     family, *_, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    is_loopback = ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback
+    is_name = address not in (found[0], "localhost")
+    here = "" if several_nodes and is_loopback and is_name else str(found[0])
     try:
-        listener = socket.create_server(found[:2], family=family, backlog=4096)
+        listener = socket.create_server((here, 0), family=family, backlog=4096)
     except OSError:  # not ours
         listener = socket.create_server(("", 0), family=family, backlog=4096)
     listener.setblocking(False)

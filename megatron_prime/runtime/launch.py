@@ -87,7 +87,8 @@ class Launch:
         hub = None
         if here.rank == 0:
             beat_s = beat_seconds(self._lost_after_s)
-            hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s)
+            several = here.world_size > here.local_world_size
+            hub = Hub(here.master_addr, here.world_size, beat_s, timeout_s, several)
             self.store.set("hub", f"{hub.port} {hub.token}")
         port, token = self.store.get("hub").decode().split()
         address = here.master_addr, int(port)

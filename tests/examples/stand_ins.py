@@ -1,7 +1,8 @@
 """Stand-ins for Slurm's commands, and a job's shell between them.
 
 They write down what they were asked, in the folder FAKE, and answer as variables say: REFUSAL is
-the preflight's exit code, CODE that of train, `wait` until a signal comes.
+the preflight's exit code, SECOND that of a second look, CODE that of train, `wait` until a signal
+comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ NAME = next(iter(MODELS))
 SRUN = """#!/usr/bin/env bash
 case " $* " in *' megatron_prime preflight '*)
   printf '%s\\n' "$@" > "$FAKE/preflight"
+  echo look >> "$FAKE/looks"
+  if [ "$(wc -l < "$FAKE/looks")" -eq 2 ]; then REFUSAL=${SECOND:-$REFUSAL}; fi
   trap 'echo USR1 >> "$FAKE/signals"; exit "${LOOKED:-75}"' USR1
   if [ "$REFUSAL" = wait ]; then for _ in {1..1200}; do sleep 0.05; done; fi
   exit "$REFUSAL" ;;
@@ -40,6 +43,7 @@ fi
 case $* in
   'show hostnames gpu[1-8]') printf 'gpu%d\\n' {1..8}; exit ;;
   '-o show node gpu1') echo 'NodeName=gpu1 NodeAddr=10.0.0.1 Version=22.05'; exit ;;
+  'show config') echo "SlurmdTimeout           = ${TIMEOUT:-300} sec"; exit ;;
   requeue*) echo "$*" >> "$FAKE/scontrol"; exit "${REQUEUES:-0}" ;;
 esac
 echo "$3" > "$FAKE/asked"

@@ -52,6 +52,13 @@ def test_the_command_of_each_rank(name: str, cluster: Cluster) -> None:
     assert cluster.said("environment")[2] == "10.0.0.1"
 
 
+@pytest.mark.parametrize(("timeout", "wait"), [("600", "700"), ("30", "400"), ("unknown", "400")])
+def test_a_lost_node_is_slurms_to_notice(timeout: str, wait: str, cluster: Cluster) -> None:
+    """srun waits longer for ranks than Slurm does for a node, whatever the site's SlurmdTimeout."""
+    assert cluster.run(TIMEOUT=timeout)[0] == 0
+    assert f"--wait={wait}" in cluster.said("srun")
+
+
 def test_the_nodes_are_looked_at_first(cluster: Cluster) -> None:
     code, output = cluster.run()
     assert code == 0, output
@@ -66,6 +73,7 @@ def test_the_nodes_are_looked_at_first(cluster: Cluster) -> None:
 def test_a_refusal_ends_the_job_before_any_rank_trains(cluster: Cluster) -> None:
     code, output = cluster.run(REFUSAL="78")
     assert (code, cluster.said("srun"), cluster.said("scontrol")) == (78, [], [])
+    assert cluster.said("looks") == ["look"]
     assert "exit code 78: refused for the reasons above" in output
 
 
@@ -74,6 +82,21 @@ def test_a_look_that_not_all_ranks_outlive_refuses(code: str, cluster: Cluster) 
     """srun returns the highest code: of a rank that was killed, though rank 0 has refused."""
     found, output = cluster.run(REFUSAL=code)
     assert (found, cluster.said("srun"), cluster.said("scontrol")) == (78, [], []), output
+
+
+@pytest.mark.parametrize("code", ["77", "137"])
+def test_who_is_late_is_looked_at_once_more(code: str, cluster: Cluster) -> None:
+    found, output = cluster.run(REFUSAL=code, SECOND="0")
+    assert found == 0, output
+    assert cluster.said("looks") == ["look"] * 2
+    assert cluster.said("srun"), "it trains"
+    assert f"exit code {code}: not all answered in time; a second look" in output
+
+
+def test_who_is_late_twice_is_refused(cluster: Cluster) -> None:
+    found, output = cluster.run(REFUSAL="77")
+    assert (found, cluster.said("srun"), cluster.said("scontrol")) == (78, [], []), output
+    assert cluster.said("looks") == ["look"] * 2
 
 
 def test_the_look_has_options_and_can_be_left_out(cluster: Cluster) -> None:
@@ -104,13 +127,14 @@ def test_a_signal_during_the_look_requeues(looked: str, cluster: Cluster) -> Non
 
 def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     source = (EXAMPLES / NAMES[0] / "run.sbatch").read_text()
-    commented = re.findall(r"^# (CONTAINER=\(.*\n# .*\))$", source, re.MULTILINE)[0]
+    commented = re.findall(r"^# (CONTAINER=\((?:.*\n# )+.*\))$", source, re.MULTILINE)[0]
     given = commented.replace("\n#", "\n")
     script = cluster.folder / "run.sbatch"
     script.write_text(re.sub(r"^CONTAINER=\(\)$", given, source, flags=re.M))
-    options = given.partition("(")[2].rstrip(")").split()
+    options = given.partition("(")[2].rstrip(")").replace("$SLURM_JOB_ID", "123").split()
     assert [option.partition("=")[0] for option in options] == [
         "--container-image",
+        "--container-name",
         "--container-mounts",
         "--container-env",
     ]
@@ -119,7 +143,7 @@ def test_container_and_evaluation_are_optional(cluster: Cluster) -> None:
     for file in ("preflight", "srun"):
         words = cluster.said(file)
         at = words.index(options[0])
-        assert words[at : at + 3] == options
+        assert words[at : at + len(options)] == options
         assert at < words.index("/p/python")
     words = cluster.said("srun")
     assert not any(word.startswith("--data.eval") for word in words)

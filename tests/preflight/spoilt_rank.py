@@ -20,7 +20,7 @@ AHEAD_S = 120.0
 
 
 def spoil(deed: str) -> None:
-    from megatron_prime.preflight import clocks, collectives, probes
+    from megatron_prime.preflight import clocks, collectives, probes, steps
     from megatron_prime.preflight.facts import Disk
 
     replaced: Any = {
@@ -31,6 +31,7 @@ def spoil(deed: str) -> None:
             clocks, "time", SimpleNamespace(time=lambda: time.time() + AHEAD_S)
         ),
         "sleep": lambda: setattr(collectives, "reduce_one", lambda *_: time.sleep(600)),
+        "dies": lambda: setattr(steps, "pin_facts", lambda *_: os._exit(9)),
         "probe": lambda: setattr(probes, "sources", lambda config: time.sleep(600)),
         "blind": lambda: setattr(Path, "read_text", _nothing_there(Path.read_text)),
     }

@@ -136,8 +136,9 @@ def test_no_gpu_anywhere_is_a_cpu() -> None:
     assert "CUDA_VISIBLE_DEVICES" in problem.mend
 
 
-def test_a_gpu_for_each_rank() -> None:
+def test_servers_of_several_gpus_must_see_them() -> None:
     found = healthy()
+    found.needs = replace(NEEDS, gpus_seen=2)
     for rank in (0, 1):
         spoil(found, rank, gpu=Gpu("H100", f"GPU-{rank}", 80 * GIB, 79 * GIB, 1))
     problem = only(found)

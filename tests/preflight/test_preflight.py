@@ -50,7 +50,7 @@ class Outcome:
 
     def refusals(self) -> list[str]:
         """Lines of them; there may be warnings of slow all-reduces on a busy machine."""
-        return [line for line in self.output.splitlines() if line.startswith("REFUSED")]
+        return [line for line in self.output.splitlines() if line.startswith(("REFUSED", "LATE"))]
 
     def row(self, node: str) -> list[str]:
         """The cells of a node's line."""
@@ -140,10 +140,10 @@ def test_all_is_well(job: Job) -> None:
 
 def test_a_rank_that_does_not_come(job: Job) -> None:
     found = job.run({}, f"--seconds={LIMIT_S}", absent=3)
-    assert found.codes == [78] * 3, found.output
+    assert found.codes == [77] * 3, found.output
     assert found.seconds < LIMIT_S + SLACK_S
     assert [line.partition(";")[0] for line in found.refusals()] == [
-        "REFUSED  rank 3: found did not come within 40 s"
+        "LATE  rank 3: found did not come within 40 s"
     ]
     assert found.row("gpu00")[1] == "0–1"
 
@@ -181,21 +181,31 @@ def test_warn_only_says_the_same_and_goes_on(job: Job) -> None:
 
 def test_an_all_reduce_that_hangs_is_named_in_time(job: Job) -> None:
     found = job.run({3: "sleep"}, f"--seconds={LIMIT_S}")
-    assert found.codes == [78] * RANKS, found.output
+    assert found.codes == [77] * RANKS, found.output
     assert found.seconds < LIMIT_S + SLACK_S
     assert len(found.refusals()) == 1
     named = found.refusals()[0]
-    assert named.startswith("REFUSED  ")
+    assert named.startswith("LATE  ")
     assert "the all-reduce of all ranks by gloo" in named
 
 
 @pytest.mark.slow
 def test_a_probe_that_hangs_is_named_in_time(job: Job) -> None:
     found = job.run({2: "probe"}, f"--seconds={LIMIT_S}")
-    assert found.codes == [78] * RANKS, found.output
+    assert found.codes == [77] * RANKS, found.output
     assert found.seconds < LIMIT_S + SLACK_S
     assert [line.partition(";")[0] for line in found.refusals()] == [
-        "REFUSED  gpu01: found no answer about model and data"
+        "LATE  gpu01: found no answer about model and data"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_rank_that_dies_before_it_tells_blames_nobody_else(rank: int, job: Job) -> None:
+    found = job.run({rank: "dies"}, f"--seconds={LIMIT_S}")
+    assert found.codes == [9 if one == rank else 77 for one in range(RANKS)], found.output
+    assert [line.partition(";")[0] for line in found.refusals()] == [
+        f"LATE  rank {rank} on gpu01: found came, but told nothing"
     ]
 
 

@@ -21,6 +21,7 @@ from megatron_prime.preflight import probes
 from megatron_prime.preflight.children import output_of
 from megatron_prime.preflight.facts import FACTS, SEAT, nodes_of, ranges
 from megatron_prime.preflight.probes import Probes
+from megatron_prime.runtime.host_memory import GROUPS, OWN, limits
 
 
 def config_of(folder: Path, **tables: dict[str, object]) -> RunConfig:
@@ -130,7 +131,7 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_memory_and_limits() -> None:
     found = probes.memory()
     wanted = Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]
-    assert found.total == int(wanted) * 1024
+    assert found.total == min([int(wanted) * 1024, *limits(OWN, GROUPS)])
     assert 0 < found.available <= found.total
     said = subprocess.run(["bash", "-c", "ulimit -n"], capture_output=True, text=True).stdout
     limit = probes.limits().open_files
