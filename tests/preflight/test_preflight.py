@@ -220,7 +220,8 @@ def test_a_folder_that_nobody_can_write_to(job: Job) -> None:
 def test_a_port_in_use(job: Job) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         found = job.run({}, "--seconds=30", port=taken.getsockname()[1])
-    assert found.codes == [78] * RANKS, found.output
+    # The others only know that rank 0 did not come; the job's code is the highest.
+    assert found.codes == [78, 77, 77, 77], found.output
     assert found.seconds < 30 + SLACK_S
     assert "rank 0 on gpu00 can't listen at 127.0.0.1" in found.output
     assert "MASTER_PORT" in found.output
