@@ -19,3 +19,10 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is longer than 60 lines"
+
+
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """Their folders are no packages, so pytest could import only one of them."""
+    paths = [path for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    twice = {path.name for path in paths if sum(path.name == other.name for other in paths) > 1}
+    assert not twice
