@@ -52,6 +52,6 @@ def variables(job: Job) -> dict[str, object]:
 def undisturbed(job: Job, variables: dict[str, object]) -> str:
     """The name of a run of the same by torchrun, on one node and without a stop."""
     knobs = [f"--model.hf={variables['MODEL']}", f"--data.train={variables['TRAIN']}"]
-    knobs += [f"--data.eval={variables['EVAL']}", f"--run.folder={job.run('undisturbed')}"]
+    knobs += [f"--data.eval={variables['EVAL']}", f"--run.folder={job.run('by_torchrun')}"]
     run_ranks("megatron_prime", 4, ["train", QUICKSTART / "prime.toml", *knobs, *KNOBS])
-    return "undisturbed"
+    return "by_torchrun"
