@@ -113,5 +113,5 @@ if __name__ == "__main__":
     shared = dist.TCPStore("127.0.0.1", int(sys.argv[3]), is_master=dist.get_rank() == 0)
     cases = {"two": two_servers, "one": one_server_of_two, "hang": one_rank_hangs}
     cases[sys.argv[1]](Path(sys.argv[2]), shared)
-    assert children() == []
+    assert not children()
     dist.destroy_process_group()

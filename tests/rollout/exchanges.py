@@ -59,7 +59,8 @@ async def converse(url: str, key: str) -> dict[str, dict]:
         found["stop"]["same"] = stopped[0]["output_ids"] == group[0]["output_ids"][: at + 1]
         found["stop"]["reason"] = stopped[0]["meta_info"]["finish_reason"]["type"]
         long = asyncio.create_task(call("long", "POST", "/generate", sampling("gh", tokens=1900)))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # they arrive first, and on a busy machine, too, …
+        await call("one beside", "POST", "/generate", sampling("j"))  # … are under way after this
         await call("flush while busy", "POST", "/flush_cache", {})
         await call("abort", "POST", "/abort_request", {"rid": "g;"})
         await call("abort all", "POST", "/abort_request", {"abort_all": True})

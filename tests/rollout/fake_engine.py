@@ -174,7 +174,7 @@ def asked(folder: Path) -> dict[int, int]:
     return found
 
 
-def children() -> list[psutil.Process]:
-    """Of this process, all that still run."""
+def children() -> set[psutil.Process]:
+    """Of this process, all that still run; among them may be other tests' servers and daemons."""
     family = psutil.Process().children(recursive=True)
-    return [child for child in family if child.status() != psutil.STATUS_ZOMBIE]
+    return {child for child in family if child.status() != psutil.STATUS_ZOMBIE}

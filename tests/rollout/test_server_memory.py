@@ -31,7 +31,7 @@ def process_group():
 
 @pytest.fixture
 def make(tmp_path):
-    made = []
+    made, before = [], children()
 
     def build(**faults):
         setting = Setting(tmp_path)
@@ -45,7 +45,7 @@ def make(tmp_path):
     yield build
     for engine in made:
         engine.close()
-    assert children() == []
+    assert children() <= before, "processes are left"
 
 
 def calls(setting) -> list[dict]:
