@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from megatron_prime.errors import RunError
@@ -111,12 +110,7 @@ class RunRecorder:
         """Close at the end of the `with`."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close whatever happened; errors pass."""
         self.close()
 

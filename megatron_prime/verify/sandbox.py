@@ -16,7 +16,6 @@ One thread at a time. The children die with the process, and with the thread, th
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Self
 
 from megatron_prime.verify.fork_server import ForkServer, ServerLost
@@ -72,12 +71,7 @@ class Sandbox:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _probe(self, server: ForkServer) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("distributed", "planner")]
 
 from launch import free_port, run_ranks  # noqa: E402
+from planned_runs import TINY  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 SPOILT = Path(__file__).parent / "spoilt_rank.py"
@@ -26,18 +27,6 @@ PATIENCE_S = 150  # of a preflight where nothing hangs: Python starts slowly on 
 LIMIT_S = 60  # of one where something does
 SLACK_S = 15  # for processes to be started, and reaped, on a busy machine
 RANKS = 4
-MODEL = {
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 96,
-    "vocab_size": 301,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ class Job:
 def job(tmp_path: Path) -> Job:
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(MODEL))
+    (model / "config.json").write_text(json.dumps(TINY))
     (model / "model.safetensors").write_bytes(bytes(range(256)))
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "run.toml").write_text(
