@@ -47,7 +47,7 @@ from megatron_prime.verify.door import code_limits
 from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
-from megatron_prime.weights.source import CheckpointWeights
+from megatron_prime.weights.source import weights_of
 
 if TYPE_CHECKING:
     from megatron_prime.rollout.sglang_engine import SglangEngine
@@ -144,7 +144,7 @@ def rollout(config: RunConfig, launch: Launch) -> None:
         prompts = PromptStream(prompts_of(config, config.data.train, tokenizer), config.run.seed)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         engine = rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
-        engine.load_weights(CheckpointWeights(config.model.hf), version=0)
+        engine.load_weights(weights_of(config.model.start, config.model.hf), version=0)
         folder = config.run.folder
         recorder = RunRecorder(folder, config.run.steps, ranks.rank, save_rollouts=True)
         with stack.enter_context(recorder), launch.steps(agree=None):

@@ -12,6 +12,7 @@ Upstream options are not mirrored: what stands in `[megatron]` goes untouched to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -79,6 +80,15 @@ class ModelSection(Section):
 
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
+    weights: FilePath | None = None
+    """Start from the weights in this distributed checkpoint, of `tools/convert_hf_to_megatron.py`
+    or the policy's of a run's `checkpoints/step_…`; config.json and tokenizer are still those of
+    `hf`. Not set: the safetensors of `hf`."""
+
+    @property
+    def start(self) -> Path:
+        """Where the weights are."""
+        return self.weights or self.hf
 
 
 class PrecisionOptions(Section):

@@ -30,9 +30,8 @@ from megatron_prime.protocols import RolloutEngine, Verifier, WeightSource
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.types import Prompt, TokenSequence, VerifiedGroup
-from megatron_prime.weights.directories import hf_of, kind_of, weights_in
-from megatron_prime.weights.shape import ModelShape
-from megatron_prime.weights.source import CheckpointWeights, MegatronWeights
+from megatron_prime.weights.directories import hf_of
+from megatron_prime.weights.source import weights_of
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
@@ -67,11 +66,8 @@ def on_sets(config: RunConfig, launch: Launch) -> list[Task]:
 
 
 def policy_weights(config: RunConfig) -> WeightSource:
-    """Of `evaluate.policy` or `model.hf`."""
-    folder = config.evaluate.policy or config.model.hf
-    if kind_of(folder) == "huggingface":
-        return CheckpointWeights(folder)
-    return MegatronWeights(weights_in(folder, "policy").folder, ModelShape.from_hf(config.model.hf))
+    """Of `evaluate.policy`, or those that training would start from."""
+    return weights_of(config.evaluate.policy or config.model.start, config.model.hf)
 
 
 def ask(
@@ -186,7 +182,7 @@ def summarize(config: RunConfig, tasks: Sequence[Task]) -> None:
             noted = task.records.path.with_suffix(".prm.json")
             rankers.add(json.loads(noted.read_text())["prm"])
     about = {
-        "policy": str(config.evaluate.policy or config.model.hf),
+        "policy": str(config.evaluate.policy or config.model.start),
         "prm": sorted(rankers),
         "samples": config.evaluate.samples,
         "temperature": config.evaluate.temperature,
@@ -208,7 +204,7 @@ def on_held_out(config: RunConfig, launch: Launch) -> None:
         prompts = eval_prompts(config, tokenizer)
         verifier = stack.enter_context(build.verifier_pool(config, ranks))
         engine = build.rollout_engine(config, ParallelSizes(), launch, tokenizer, ranks, stack)
-        engine.load_weights(CheckpointWeights(config.model.hf), version=0)
+        engine.load_weights(policy_weights(config), version=0)
         greedy = evaluation.greedy(config.rollout.max_response_length)
         with launch.steps(agree=None):
             groups = evaluation.answer(engine, verifier, ranks, prompts, greedy)
@@ -216,7 +212,8 @@ def on_held_out(config: RunConfig, launch: Launch) -> None:
             records = folder / "answers.jsonl"
             records.write_text("".join(json.dumps(record(group)) + "\n" for group in groups))
             found = figures.of_evaluation(groups)
-            print(f"{config.model.hf}: {found['evaluate/accuracy']:.1%} of {len(groups)} problems")
+            accuracy = found["evaluate/accuracy"]
+            print(f"{config.model.start}: {accuracy:.1%} of {len(groups)} problems")
             print(f"each answer: {records}")
 
 

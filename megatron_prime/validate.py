@@ -45,6 +45,7 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         # Without usable sizes nothing can be divided by them.
         problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
+    problems += _start(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -85,6 +86,15 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
             yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
+
+
+def _start(config: RunConfig) -> Iterator[str]:
+    weights = config.model.weights
+    if weights is not None and not any((weights / n).exists() for n in (".metadata", "run.json")):
+        yield (
+            f"model.weights: found no distributed checkpoint at {weights}, wanted what "
+            "tools/convert_hf_to_megatron.py makes, or a run's checkpoints/step_…"
+        )
 
 
 def _recorded(played: Path | None, own: Path) -> Iterator[str]:

@@ -239,11 +239,13 @@ def test_number_formats_matter_where_their_model_is_built(config, tmp_path):
     assert problems(config(**policy), "evaluate") == []
 
 
-@pytest.mark.parametrize("missing", ["model.hf", "data.train", "data.eval", "prm.hf"])
+@pytest.mark.parametrize(
+    "missing", ["model.hf", "model.weights", "data.train", "data.eval", "prm.hf"]
+)
 def test_missing_files(config, tmp_path, missing):
     section, key = missing.split(".")
     (found,) = problems(config(**{section: {key: tmp_path / "nowhere"}}))
-    assert found.startswith(f"{missing}: no ")
+    assert found.startswith((f"{missing}: no ", f"{missing}: found no "))
     assert str(tmp_path / "nowhere") in found
 
 

@@ -68,7 +68,7 @@ def options_of(config: RunConfig, problems: EvalSet, sampling: Sampling) -> dict
     `[sglang]` goes in whole but for what only shares out room: nobody can say what an option of
     SGLang's does to an answer, and what an evaluation died of must be free to change.
     """
-    policy = config.evaluate.policy or config.model.hf
+    policy = config.evaluate.policy or config.model.start
     grading = config.verify.model_dump(exclude={"workers"})
     server = config.sglang if config.rollout.engine == "sglang" else {}
     return {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_prime.config import BatchSection, ModelName, RunConfig
 from megatron_prime.models.architecture import ModelShape, build_model
@@ -13,7 +16,9 @@ from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
-from megatron_prime.weights.load import load_hf
+from megatron_prime.weights.directories import weights_in
+from megatron_prime.weights.load import load, load_hf
+from megatron_prime.weights.source import MegatronWeights
 
 
 def policy_of(config: RunConfig) -> MegatronPolicy:
@@ -45,7 +50,7 @@ def sft_engine(config: RunConfig) -> TrainableEngine:
     precision = config.precision.policy
     chunks = build_model(shape, precision, config.megatron)
     if config.sft.init == "pretrained":
-        load_hf(chunks, config.model.hf, shape)
+        start(chunks, config, "policy", shape)
     return TrainableEngine(chunks, shape, config.sft, 1.0, config.sft.steps, precision)
 
 
@@ -68,5 +73,16 @@ def loaded(config: RunConfig, name: ModelName) -> tuple[list[Any], ModelShape]:
     hf = hf_of(config, name)
     shape = ModelShape.from_hf(hf, config.parallel.tp)
     chunks = build_model(shape, config.precision.of(name), config.megatron)
-    load_hf(chunks, hf, shape)
+    start(chunks, config, name, shape)
     return chunks, shape
+
+
+def start(
+    chunks: Sequence[torch.nn.Module], config: RunConfig, name: ModelName, shape: ModelShape
+) -> None:
+    """Fill a model with the weights that it starts from."""
+    hf, weights = hf_of(config, name), config.model.weights
+    if weights is None or hf != config.model.hf:
+        load_hf(chunks, hf, shape)
+    else:
+        load(chunks, MegatronWeights(weights_in(weights, "policy").folder, shape), shape)

@@ -41,7 +41,7 @@ from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.provenance import installed
 
 PACKAGES = ("transformers", "transformer-engine", "megatron-core", "numpy")
-MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".tiktoken", ".py")
+MODEL_FILES = (".safetensors", ".distcp", ".json", ".model", ".jinja", ".tiktoken", ".py")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt")
 FREES_S, AGAIN_S = 10.0, 0.5
 LOOPBACK = "127.0.0.1"
@@ -201,8 +201,12 @@ def ports(number: int) -> str:
 
 def sources(config: RunConfig) -> dict[str, Source]:
     """Of model and data, by their knobs."""
+    weights = config.model.weights
+    if weights is not None and (weights / "policy").is_dir():  # of a run's checkpoint
+        weights /= "policy"
     given = {
         "model.hf": config.model.hf,
+        "model.weights": weights,
         "prm.hf": config.prm.hf,
         "data.train": config.data.train,
         "data.eval": config.data.eval,
@@ -239,6 +243,8 @@ def matters(file: Path) -> bool:
 
 def missing_weights(folder: Path) -> str:
     """Which of a model's files are not there; nothing: all are."""
+    if any(folder.glob("*.distcp")):
+        return "" if (folder / ".metadata").is_file() else "no .metadata beside its *.distcp"
     index = folder / "model.safetensors.index.json"
     if index.exists():
         wanted = set(json.loads(index.read_text())["weight_map"].values())

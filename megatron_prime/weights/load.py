@@ -1,9 +1,10 @@
-"""Hugging Face safetensors into this rank's Megatron parameters, reading only what it owns."""
+"""A checkpoint's tensors into this rank's Megatron parameters, reading only what it owns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -15,7 +16,13 @@ from megatron_prime.weights.safetensors_io import HfCheckpoint
 from megatron_prime.weights.shape import ModelShape
 
 
-@torch.no_grad()
+class Source(Protocol):
+    """Whole tensors by their Hugging Face names, of which stretches are read."""
+
+    def size(self, name: str, /) -> tuple[int, ...]: ...  # noqa: D102
+    def read(self, name: str, stretch: tuple[slice, ...], /) -> Tensor: ...  # noqa: D102
+
+
 def load_hf(chunks: Sequence[torch.nn.Module], hf_dir: Path, shape: ModelShape) -> None:
     """Fill all parameters of `chunks`, this rank's parts of a GPTModel, from `hf_dir`.
 
@@ -28,11 +35,17 @@ def load_hf(chunks: Sequence[torch.nn.Module], hf_dir: Path, shape: ModelShape) 
     checkpoint.check(
         hf_shapes(shape), may_ignore=["lm_head.weight"] if shape.tied_embeddings else []
     )
+    load(chunks, checkpoint, shape)
+
+
+@torch.no_grad()
+def load(chunks: Sequence[torch.nn.Module], source: Source, shape: ModelShape) -> None:
+    """Fill all parameters of `chunks` from a source that has the tensors of `shape`."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     for entry, parameter, _ in parameters_by_entry(chunks, shape):
         parts = [
-            checkpoint.read(name, part_of(entry.layout, checkpoint.size(name), shape, tp, rank))
+            source.read(name, part_of(entry.layout, source.size(name), shape, tp, rank))
             for name in entry.hf
         ]
         fill(parameter, fuse(entry.layout, parts, shape, tp))

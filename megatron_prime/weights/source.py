@@ -14,12 +14,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_prime.weights.convert_sources import MegatronSource
+from megatron_prime.weights.directories import kind_of, weights_in
 from megatron_prime.weights.gather import gather_hf_tensors, values_of
 from megatron_prime.weights.layout import unfuse
 from megatron_prime.weights.names import Entry, entries, hf_shapes, parameters_by_entry
 from megatron_prime.weights.safetensors_io import HfCheckpoint
 from megatron_prime.weights.shape import ModelShape
-from megatron_prime.weights.stretches import whole
+from megatron_prime.weights.stretches import part
 
 
 class LiveWeights:
@@ -88,12 +89,30 @@ class MegatronWeights:
         for name in self._entry_of:
             yield name, self.stretch(name)
 
-    def stretch(self, hf: str) -> Tensor:
-        """A whole tensor."""
+    def size(self, hf: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return self._sizes[hf]
+
+    def read(self, hf: str, stretch: tuple[slice, ...]) -> Tensor:
+        """A stretch of a tensor, in the file's type, on the CPU; of rows alone, all columns."""
         entry = self._entry_of[hf]
         stored = self._source.tensors(entry)[entry.hf.index(hf)]
-        values = torch.from_numpy(whole(stored).reshape(-1)).view(getattr(torch, stored.dtype))
-        return values.view(self._sizes[hf])
+        rows, cols = (*stretch, slice(0, stored.cols))[:2]
+        values = torch.from_numpy(part(stored, rows, cols).reshape(-1))
+        lengths = (taken.stop - taken.start for taken in stretch)
+        size = (*lengths, *self._sizes[hf][len(stretch) :])
+        return values.view(getattr(torch, stored.dtype)).view(size)
+
+    def stretch(self, hf: str) -> Tensor:
+        """A whole tensor."""
+        return self.read(hf, tuple(slice(0, length) for length in self._sizes[hf]))
 
     def forget(self) -> None:
         """Nothing is kept."""
+
+
+def weights_of(folder: Path, hf_dir: Path) -> CheckpointWeights | MegatronWeights:
+    """The weights in any directory that has some; `hf_dir` knows the model's shape."""
+    if kind_of(folder) == "huggingface":
+        return CheckpointWeights(folder)
+    return MegatronWeights(weights_in(folder, "policy").folder, ModelShape.from_hf(hf_dir))

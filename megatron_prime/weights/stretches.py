@@ -140,6 +140,28 @@ def whole(tensor: FileTensor) -> Any:
     return held
 
 
+def part(tensor: FileTensor, rows: slice, cols: slice) -> Any:
+    """Some rows and columns of a tensor, as a numpy array of bytes; no others are read."""
+    import numpy as np
+
+    itemsize = ITEMSIZE[tensor.dtype]
+    held = np.empty((rows.stop - rows.start, (cols.stop - cols.start) * itemsize), np.uint8)
+    for extent in tensor.extents:
+        top, bottom = max(extent.row, rows.start), min(extent.row + extent.rows, rows.stop)
+        left, right = max(extent.col, cols.start), min(extent.col + extent.cols, cols.stop)
+        if top < bottom and left < right:
+            there = (extent.rows, extent.cols * itemsize)
+            lines = np.memmap(extent.path, np.uint8, "r", extent.start, there)
+            held[
+                top - rows.start : bottom - rows.start,
+                (left - cols.start) * itemsize : (right - cols.start) * itemsize,
+            ] = lines[
+                top - extent.row : bottom - extent.row,
+                (left - extent.col) * itemsize : (right - extent.col) * itemsize,
+            ]
+    return held
+
+
 @contextmanager
 def opened(tensor: FileTensor, cut: bool, budget: Budget) -> Iterator[Stretches]:
     """A tensor to read, of which columns are wanted if `cut`."""

@@ -34,6 +34,7 @@ from megatron_prime.config import (  # noqa: E402
     PrecisionOptions,
     RunConfig,
 )
+from megatron_prime.models import factory  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
 from megatron_prime.models.engine import Engine  # noqa: E402
 from megatron_prime.models.training import TrainableEngine  # noqa: E402
@@ -114,15 +115,31 @@ def load(folder: Path, name: str, sizes: ParallelSizes) -> None:
     with megatron_calls():
         wanted = {"model": engine.sharded_weights()}
         engine.load_weights(dist_checkpointing.load(wanted, str(folder / "dist" / name))["model"])
+    config = run_config(folder, name, sizes, weights=folder / "dist" / name)
+    started = build_model(shape, precision, megatron_options(sizes))
+    factory.start(started, config, "policy", shape)
     count = 0
-    for ours, theirs in zip(chunks, truth, strict=True):
+    for loaded, also, theirs in zip(chunks, started, truth, strict=True):
+        by_run = dict(also.named_parameters())
         for (key, found), (_, right) in zip(
-            ours.named_parameters(), theirs.named_parameters(), strict=True
+            loaded.named_parameters(), theirs.named_parameters(), strict=True
         ):
             assert torch.equal(found, right), (name, key)
+            assert torch.equal(by_run[key], right), (name, key)
             count += 1
     sys.stdout.write(f"compared {count} of {name}\n")
     sys.stdout.flush()
+
+
+def run_config(folder: Path, name: str, sizes: ParallelSizes, **model: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"folder": folder / "runs" / name},
+            "model": {"hf": folder / name, **model},
+            "data": {"train": "train.jsonl"},
+            "megatron": megatron_options(sizes),
+        }
+    )
 
 
 def save(folder: Path, name: str, sizes: ParallelSizes) -> None:
@@ -138,14 +155,7 @@ def save(folder: Path, name: str, sizes: ParallelSizes) -> None:
             }
             if dist.get_rank() == 0:
                 torch.save(tensors, folder / f"{name}-{model}.pt")
-    config = RunConfig.model_validate(
-        {
-            "run": {"folder": folder / "runs" / name},
-            "model": {"hf": folder / name},
-            "data": {"train": "train.jsonl"},
-            "megatron": megatron_options(sizes),
-        }
-    )
+    config = run_config(folder, name, sizes)
     cursor: Any = SimpleNamespace(version=16, state_dict=dict)
     RunCheckpoints(engines, cursor, cursor, config).save(LoopState(16))
 

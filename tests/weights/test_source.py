@@ -34,6 +34,25 @@ def test_both_forms_give_the_same_tensors(tmp_path: Path, config: dict) -> None:
     given.forget()
 
 
+def test_stretches_of_both_forms_are_the_same(tmp_path: Path) -> None:
+    """Rows and columns that begin and end within chunks, of other ranks' cutting."""
+    hf = synthetic.make(tmp_path / "hf", synthetic.SMALL)
+    to_megatron(hf, tmp_path / "dist", Options(tp=2, pp=2), lambda *_, **__: None)
+    given = source.MegatronWeights(tmp_path / "dist", ModelShape.from_hf(hf))
+    for name, tensor in source.CheckpointWeights(hf).whole():
+        assert given.size(name) == tuple(tensor.shape)
+        part = tuple(slice(length // 4, length - length // 3) for length in tensor.shape)
+        assert torch.equal(given.read(name, part), tensor[part]), name
+        assert torch.equal(given.read(name, part[:1]), tensor[part[:1]]), name
+
+
+def test_weights_are_found_in_either_form(tmp_path: Path) -> None:
+    hf = synthetic.make(tmp_path / "hf", synthetic.SMALL)
+    to_megatron(hf, tmp_path / "dist", Options(), lambda *_, **__: None)
+    assert isinstance(source.weights_of(hf, hf), source.CheckpointWeights)
+    assert isinstance(source.weights_of(tmp_path / "dist", hf), source.MegatronWeights)
+
+
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     hf = synthetic.make(tmp_path / "hf", synthetic.SMALL)
     to_megatron(hf, tmp_path / "dist", Options(), lambda *_, **__: None)
