@@ -25,10 +25,11 @@ from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.data.steps import step_reader
-from megatron_prime.devices import limits_of, models_on
+from megatron_prime.devices import limits_of, models_on, tell
 from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of, report_dropped
 from megatron_prime.models.architecture import ModelShape, transformer_config
 from megatron_prime.models.factory import hf_of, sft_engine
+from megatron_prime.models.kernels import kernels_line
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
@@ -57,6 +58,7 @@ def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
         limits = limits_of(config, ranks, launch.here.local_world_size)  # before anything is loaded
+        tell(ranks, kernels_line(config.megatron))
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
@@ -119,6 +121,7 @@ def sft(config: RunConfig, launch: Launch) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
     with training_session(config, launch, "sft") as ranks:
         note_start(config, config.run.folder, ranks)
+        tell(ranks, kernels_line(config.megatron))
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)

@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prime.config import ConfigError, PrecisionOptions
+from megatron_prime.models.kernels import has_fused_gradient_sums
 from megatron_prime.models.precision import model_options
 from megatron_prime.models.torch_spec import torch_block_spec
 from megatron_prime.runtime.compat import megatron_calls
@@ -108,7 +109,11 @@ def transformer_config(
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
     cpu = {} if on_gpu else CPU_OPTIONS
-    options = {"deallocate_pipeline_outputs": True, **megatron, **owned, **FIXED, **cpu}
+    ours = {
+        "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": on_gpu and has_fused_gradient_sums(),
+    }
+    options = {**ours, **megatron, **owned, **FIXED, **cpu}
     try:
         return TransformerConfig(**options)
     except (AssertionError, TypeError, ValueError) as error:  # its own checks of combinations

@@ -32,7 +32,9 @@ def kernels_line(megatron: Mapping[str, Any] | None = None) -> str:
         return line
     if find_spec("transformer_engine") is None:
         return f"{line}; Transformer Engine, which is not installed, has fused ones"
-    return f'{line}; Transformer Engine\'s are fused: megatron.transformer_impl = "local" leaves them'
+    return (
+        f'{line}; Transformer Engine\'s are fused: megatron.transformer_impl = "local" leaves them'
+    )
 
 
 def optimizer_owner() -> str:

@@ -85,6 +85,6 @@ class PlainModel:
         prompts = torch.tensor([batch.sequences[row].prompt_length for row in rows.tolist()])
         row, column = batch.response_mask[rows].nonzero(as_tuple=True)
         at = prompts[row] + column
-        logits = self.model.lm_head(hidden[row, at - 1])
+        logits = self.model.lm_head(hidden[row, at - 1]).float()
         chosen = logits.log_softmax(-1).gather(-1, tokens[row, at, None]).squeeze(-1)
         return chosen.new_zeros(len(rows), width).index_put((row, column), chosen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +80,11 @@ class Colocated:
         with self.phase(Phase.GENERATE):
             return list(self.engine.generate(prompts(self.tokenizer, count), sampling))
 
-    def train(self, batch: RolloutBatch) -> None:
-        """Score, update both models; advantages are the centred outcome."""
+    def train(self, batch: RolloutBatch, look: Callable[[], None] = lambda: None) -> None:
+        """Score, update both models; advantages are the centred outcome. `look`: while scoring."""
         with self.phase(Phase.SCORE):
             ref, old = self.reference.logprobs(batch), self.policy.old_logprobs(batch)
+            look()
         scored = ScoredBatch(batch, old, ref)
         with self.phase(Phase.UPDATE_PRM):
             self.prm.update(scored)
@@ -100,9 +101,7 @@ class Colocated:
 
     def mismatch(self, batch: RolloutBatch) -> dict[str, float]:
         """Between the server's log-probs of `batch` and those of the policy as it is now."""
-        return mismatch_kl(
-            self.policy.logprobs(batch), batch.rollout_logprobs, batch.response_mask
-        )
+        return mismatch_kl(self.policy.logprobs(batch), batch.rollout_logprobs, batch.response_mask)
 
     def kill_server(self) -> int:
         """kill -9 of its main process; which one it was."""

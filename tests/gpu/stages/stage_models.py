@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from plain import PlainModel
 from session import run_config
 from stage_colocated import one_session
+from stage_measure import peak_of
 from stage_report import NO_CUDA, Stage
 from stage_sizes import rows_of
 from torch import Tensor
@@ -141,7 +143,7 @@ def recompute(stage: Stage, model: Path, implementation: str) -> None:
     batch = rows_of(shape, 16, 24, 64 if stage.small else 232, 4)
     dtype = "fp32" if implementation == "local" else "bf16"
     bound = SAME_GRADIENTS if dtype == "fp32" else 0.01
-    norms = {}
+    norms, peaks = {}, {}
     plain = config_with(model, stage.scratch / "models", dtype, implementation)
     with one_session(plain):
         for name, options in {"none": {}, **RECOMPUTE}.items():
@@ -149,11 +151,14 @@ def recompute(stage: Stage, model: Path, implementation: str) -> None:
             policy = policy_in(config)
             given = train_batch(batch, policy.logprobs(batch))
             norms[name] = policy.update(given).metrics["policy/grad_norm"]
+            peaks[name] = peak_of(partial(policy.update, given))
     for name in RECOMPUTE:
         difference = abs(norms[name] / norms["none"] - 1)
         stage.at_most(
             f"{implementation} layers, {dtype}: gradient norm, recompute {name}", difference, bound
         )
+        less = peaks[name] / max(1, peaks["none"])
+        stage.on_cuda(f"{implementation} layers: peak, recompute {name}", less, "%", most=1.0)
 
 
 def kernels(stage: Stage) -> None:

@@ -1,8 +1,8 @@
 """What a stage reports: a line per check while it runs, a JSON file that is whole at any moment.
 
-A check is ok, FAILED, skipped with the reason, or only measured (no bound is set for it). Nothing is
-reported that was not measured: a figure that means something on a GPU alone is computed on a CPU as
-well, so that its code runs there, and then thrown away.
+A check is ok, FAILED, skipped with the reason, or only measured (no bound is set for it). Nothing
+is reported that was not measured: a figure that means something on a GPU alone is computed on a CPU
+as well, so that its code runs there, and then thrown away.
 
 A stage has a time budget. It is made of parts; a part that fails is a failed check and the next one
 begins, one for which too little time is left is skipped. The driver (run_stages.py) kills a stage
@@ -105,7 +105,7 @@ class Stage:
 
     def check(self, name: str, found: object, wanted: str, ok: bool, why: str = "") -> None:
         """A figure with a bound."""
-        self._add(Check(self.name, name, str(found), wanted, OK if ok else FAILED, why))
+        self.add(Check(self.name, name, str(found), wanted, OK if ok else FAILED, why))
 
     def at_most(self, name: str, found: float, most: float, unit: str = "") -> None:
         """`found` should not be larger."""
@@ -133,13 +133,14 @@ class Stage:
     def measured(self, name: str, found: float | str, unit: str = "") -> None:
         """A figure without a bound."""
         text = found if isinstance(found, str) else _number(found, unit)
-        self._add(Check(self.name, name, text, "", MEASURED))
+        self.add(Check(self.name, name, text, "", MEASURED))
 
     def skip(self, name: str, wanted: str, why: str) -> None:
         """What can't be looked at here."""
-        self._add(Check(self.name, name, "not measured", wanted, SKIPPED, why))
+        self.add(Check(self.name, name, "not measured", wanted, SKIPPED, why))
 
-    def _add(self, check: Check) -> None:
+    def add(self, check: Check) -> None:
+        """Print and keep it."""
         self.checks.append(check)
         print(check.line(), flush=True)
         self._write()
@@ -156,14 +157,21 @@ class Stage:
             self.skip(name, "", why)
             return
         try:
-            work(self, *given)
+            self.attempt(name, work, self, *given)
+        finally:
+            put_away()
+
+    def attempt(self, name: str, work: Callable[..., None], *given: Any) -> bool:
+        """`work(*given)`; whether it came to its end. What it raises fails the check `name`."""
+        try:
+            work(*given)
         except Exception as error:  # whatever it is: a row of the table, and the next part
             traceback.print_exc()
             last = str(error).strip().splitlines() or [""]
             told = f"{type(error).__name__}: {last[0]}"[:200]
-            self._add(Check(self.name, name, "an error", "none", FAILED, told))
-        finally:
-            put_away()
+            self.add(Check(self.name, name, "an error", "none", FAILED, told))
+            return False
+        return True
 
     def _write(self) -> None:
         report = {

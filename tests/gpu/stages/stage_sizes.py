@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 SPREAD = 0.02  # standard deviation of random weights
 MODELS = ("policy", "prm", "reference")
+LOOK = """
+import json
+from functools import lru_cache
+from pathlib import Path
+found = {name: find_spec(name) is not None for name in ("sglang", "sgl_kernel", "flashinfer")}
+kernels = find_spec("sgl_kernel")
+folder = Path(kernels.origin).parent if kernels and kernels.origin else None
+found["flash_ops"] = bool(folder and list(folder.glob("flash_ops*")))
+print(json.dumps(found))
+"""
 
 
 def shapes_of(stage: Stage) -> list[tuple[str, int]]:
@@ -131,27 +142,33 @@ def sglang_python() -> Path:
     return Path(os.environ.get("SGLANG_PYTHON") or sys.executable)
 
 
+@lru_cache
+def sglang_has() -> Mapping[str, bool]:
+    """Which of the packages and kernels that matter its interpreter finds; none if it can't run."""
+    try:
+        said = subprocess.run(
+            [str(sglang_python()), "-c", LOOK], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(json.loads(said))
+
+
 def sglang_missing() -> str | None:
     """Why there is no server, or None."""
-    given = os.environ.get("SGLANG_PYTHON")
-    if given:
-        return None if Path(given).exists() else f"SGLANG_PYTHON: there is no {given}"
-    return None if find_spec("sglang") else "no SGLang: SGLANG_PYTHON is not set"
+    if sglang_has().get("sglang"):
+        return None
+    return f"{sglang_python()} has no SGLang; SGLANG_PYTHON names another interpreter"
 
 
 def sglang_options() -> dict[str, Any]:
-    """What a server needs where its kernels were trimmed (trim_wheel.py), or flashinfer is absent.
-
-    Only of this interpreter: one that SGLANG_PYTHON names is taken to be whole.
-    """
-    if not torch.cuda.is_available() or os.environ.get("SGLANG_PYTHON"):
+    """What a server needs where its kernels were trimmed (trim_wheel.py), or flashinfer is absent."""
+    if not torch.cuda.is_available():
         return {}
     options: dict[str, Any] = {"cuda_graph_max_bs": 64}
-    kernels = find_spec("sgl_kernel")
-    folder = Path(kernels.origin).parent if kernels and kernels.origin else None
-    if folder is None or not list(folder.glob("flash_ops*")):
+    if not sglang_has().get("flash_ops"):
         options["attention_backend"] = "triton"
-    if find_spec("flashinfer") is None:
+    if not sglang_has().get("flashinfer"):
         options["sampling_backend"] = "pytorch"
     return options
 
