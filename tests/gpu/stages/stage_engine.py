@@ -46,6 +46,7 @@ def config_for(stage: Stage, model: Path, name: str, fp8_weights: bool = False) 
         policy={"mini_batch_size": 16, "lr": 1e-3 if stage.small else 1e-5},
         prm={"mini_batch_size": 32},
         memory={"offload": "always"},
+        sglang={"max_total_tokens": 64 * (tokens + 64)},
     )
 
 

@@ -65,7 +65,7 @@ SPREAD = 0.02  # standard deviation of random weights
 MODELS = ("policy", "prm", "reference")
 LOOK = """
 import json
-from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 found = {name: find_spec(name) is not None for name in ("sglang", "sgl_kernel", "flashinfer")}
 kernels = find_spec("sgl_kernel")
@@ -162,10 +162,10 @@ def sglang_missing() -> str | None:
 
 
 def sglang_options() -> dict[str, Any]:
-    """What a server needs where its kernels were trimmed (trim_wheel.py), or flashinfer is absent."""
+    """What a server needs where kernels were trimmed (trim_wheel.py) or flashinfer is absent."""
     if not torch.cuda.is_available():
         return {}
-    options: dict[str, Any] = {"cuda_graph_max_bs": 64}
+    options: dict[str, Any] = {"cuda_graph_max_bs_decode": 64}
     if not sglang_has().get("flash_ops"):
         options["attention_backend"] = "triton"
     if not sglang_has().get("flashinfer"):
