@@ -58,7 +58,6 @@ def train(config: RunConfig, launch: Launch) -> None:
     """PRIME from `model.hf`, or from the newest checkpoint of the run folder if there is one."""
     with training_session(config, launch, "train") as ranks, ExitStack() as stack:
         limits = limits_of(config, ranks, launch.here.local_world_size)  # before anything is loaded
-        tell(ranks, kernels_line(config.megatron))
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
@@ -121,7 +120,6 @@ def sft(config: RunConfig, launch: Launch) -> None:
     """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
     with training_session(config, launch, "sft") as ranks:
         note_start(config, config.run.folder, ranks)
-        tell(ranks, kernels_line(config.megatron))
         assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
         tokenizer = load_tokenizer(config.model.hf)
         conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
@@ -186,6 +184,8 @@ def training_session(
         shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
         transformer_config(shape, precision, config.megatron)
     with session(config, launch, config.parallel, name) as ranks:
+        if command in ("train", "sft"):  # the others' time does not hang on it
+            tell(ranks, kernels_line(config.megatron))
         yield ranks
 
 

@@ -84,12 +84,12 @@ def peaks(stage: Stage, run: Colocated, label: str, memory: dict[str, float]) ->
         planned = ours + limits.work.get(phase.value, 0)
         watched = run.watched[phase.value]
         stage.on_cuda(
-            f"{label}: peak in {phase.value} ({watched.peak / GIB:.2f} GiB), distance from the"
-            f" {planned / GIB:.2f} GiB planned",
+            f"{label}: peak in {phase.value}, distance from the {planned / GIB:.4g} GiB planned",
             abs(watched.peak / planned - 1),
             "%",
             most=CLOSE,
         )
+        stage.on_cuda(f"{label}: peak in {phase.value}", watched.peak / GIB, "GiB")
         stage.on_cuda(f"{label}: all of the device in {phase.value}", watched.used / GIB, "GiB")
 
 

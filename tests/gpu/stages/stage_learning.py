@@ -22,7 +22,11 @@ def learning(stage: Stage) -> None:
     folder = stage.scratch / "quickstart"
     make_quickstart(folder / "data", *(FEW if stage.small else ()))
     start, prime = folder / "sft" / "hf", folder / "prime"
-    common = [f"--data.train={folder / 'data' / 'train.jsonl'}"]
+    # Plain layers: the job is in fp32, which Transformer Engine's fused attention does not have.
+    common = [
+        f"--data.train={folder / 'data' / 'train.jsonl'}",
+        "--megatron.transformer_impl=local",
+    ]
     sft = [f"--run.folder={folder / 'sft'}", f"--model.hf={folder / 'data' / 'model'}", *common]
     sft += [f"--sft.data={folder / 'data' / 'sft.jsonl'}", f"--sft.output={start}"]
     train = [f"--run.folder={prime}", f"--model.hf={start}", *common, *ONE_RANK]

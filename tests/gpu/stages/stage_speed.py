@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import torch
@@ -21,7 +19,7 @@ from rloo_step import HERE as BENCH
 from rloo_step import phases
 from stage_colocated import colocated
 from stage_measure import GIB
-from stage_report import NO_CUDA, Stage
+from stage_report import NO_CUDA, Stage, put_away
 from stage_sizes import (
     MODELS,
     chip_rates,
@@ -38,6 +36,8 @@ from stage_update import FUSED, config_for, figures
 from turns import Contestant, take_turns
 
 from megatron_prime.config import RunConfig
+from megatron_prime.data.chat import load_tokenizer
+from megatron_prime.protocols import Phase
 from megatron_prime.rollout.sglang_arguments import ServerSpec
 from megatron_prime.rollout.sglang_server import SglangServer
 
@@ -107,33 +107,31 @@ def rollout(stage: Stage) -> None:
     """Ours, then a plain server; each once to warm up, then the better of two."""
     model = model_folder(stage, *(("tiny", 2) if stage.small else ("1.5B", 28)))
     config = rollout_config(stage, model)
-    count = config.rollout.prompts_per_step
-    with colocated(config) as run:
-        run.sync()
-        rates = []
-        for _ in range(3):
-            groups = run.generate(count)
-            tokens = sum(len(r.response_ids) for group in groups for r in group.rollouts)
-            rates.append(tokens / run.watched["generate"].seconds)
-            with run.phase(run_phase("UPDATE_POLICY")):
-                pass
-            run.sync()
-        tokenizer = run.tokenizer
-    theirs = plain_rates(stage, config, tokenizer, count)
-    ours, plain = max(rates[1:]), max(theirs[1:])
+    mine = our_rates(config)
+    put_away()  # the models are gone, and so must be their memory
+    theirs = plain_rates(stage, config)
+    ours, plain = max(mine[1:]), max(theirs[1:])
     stage.on_cuda("generation", ours, "tokens/s")
     stage.on_cuda("generation by plain SGLang", plain, "tokens/s")
     stage.on_cuda("generation, of plain SGLang's", ours / plain, "%", GOAL_ROLLOUT)
 
 
-def run_phase(name: str) -> Any:
-    """A phase by name."""
-    from megatron_prime.protocols import Phase
+def our_rates(config: RunConfig) -> list[float]:
+    """Tokens per second of three rounds; a sync follows each, as in a run."""
+    count, rates = config.rollout.prompts_per_step, []
+    with colocated(config) as run:
+        run.sync()
+        for _ in range(3):
+            groups = run.generate(count)
+            tokens = sum(len(r.response_ids) for group in groups for r in group.rollouts)
+            rates.append(tokens / run.watched["generate"].seconds)
+            with run.phase(Phase.UPDATE_POLICY):
+                pass
+            run.sync()
+    return rates
 
-    return Phase[name]
 
-
-def plain_rates(stage: Stage, config: RunConfig, tokenizer: Any, count: int) -> list[float]:
+def plain_rates(stage: Stage, config: RunConfig) -> list[float]:
     """Tokens per second of a server by itself, three rounds."""
     spec = ServerSpec(
         python=sglang_python(),
@@ -146,11 +144,12 @@ def plain_rates(stage: Stage, config: RunConfig, tokenizer: Any, count: int) -> 
         folder=stage.scratch / "plain",
         options=config.sglang,
     )
-    server = SglangServer(replace(spec))
+    server = SglangServer(spec)
     try:
         server.start()
         server.ready()
-        ids = [list(prompt.token_ids) for prompt in prompts(tokenizer, count)]
+        given = prompts(load_tokenizer(config.model.hf), config.rollout.prompts_per_step)
+        ids = [list(prompt.token_ids) for prompt in given]
         return [asyncio.run(ask(server.url, ids * 4, config)) for _ in range(3)]
     finally:
         server.kill()
