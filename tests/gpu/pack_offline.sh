@@ -57,7 +57,8 @@ for wheel in "$out"/whole/sglang_kernel-*.whl; do
   "$PYTHON" tests/gpu/trim_wheel.py "$wheel" --out "$out/trimmed"
 done
 
-# Bundles: one file after the other; what does not fit into the rest of one begins the next.
+# Bundles: one file after the other; what does not fit into the rest of one begins the next. Parts
+# are a quarter of a bundle, so that little is left empty.
 rm -rf "$out"/[0-9]*
 bundle=1 filled=0
 limit=$((mib * 1024 * 1024))
@@ -76,7 +77,7 @@ pieces=$(mktemp -d "$out/pieces.XXXX")
 for file in "$out"/whole/*; do
   name=$(basename "$file")
   if [ -e "$out/trimmed/$name" ]; then file=$out/trimmed/$name; fi
-  split --bytes="$((limit - 65536))" --numeric-suffixes --suffix-length=3 "$file" "$pieces/$name.part"
+  split --bytes="$((limit / 4))" --numeric-suffixes --suffix-length=3 "$file" "$pieces/$name.part"
   parts=("$pieces/$name".part*)
   echo "${#parts[@]} $(sha256sum <"$file" | cut -d ' ' -f 1)" >"$pieces/$name.sha256"
   for one in "${parts[@]}"; do put "$one" "$(basename "$one")"; done

@@ -77,15 +77,15 @@ into() { # FOLDER PACKAGE …: exactly these, once
     --root-user-action=ignore --find-links "$store" --find-links "$store/built" --target "$target" "$@"
   touch "$stamp"
 }
-# Those of a list whose file is in the store; the names of files spell - and . as _.
+# Those of a list whose file is in the store; the names of files may spell -, _ and . as another.
 stored() {
   local line name
   while read -r line; do
     case "$line" in '#'* | '') continue ;; esac
     name=${line%%==*}
-    name=$(echo "${name//[-.]/_}" | tr '[:upper:]' '[:lower:]')
-    if find "$store" -maxdepth 1 \( -name '*.whl' -o -name '*.tar.gz' \) -printf '%f\n' |
-      tr '[:upper:]' '[:lower:]' | sed 's/-.*//; s/\./_/g' | grep -qx "$name"; then echo "$line"; fi
+    name=${name//[-_.]/[-_.]}
+    if [ -n "$(find "$store" "$store/built" -maxdepth 1 -iname "$name-${line##*==}[-.]*" \
+      \( -name '*.whl' -o -name '*.tar.gz' \) -print -quit)" ]; then echo "$line"; fi
   done <"$1"
 }
 
@@ -116,7 +116,7 @@ for source in ${sources[@]+"${sources[@]}"}; do
     if ! ls "$store"/built/transformer_engine_torch-*.whl >/dev/null 2>&1; then
       # Never look for a wheel on the web; the expert-parallel kernels want NCCL's newest headers.
       NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 \
-        NVTE_CUDA_ARCHS=90 MAX_JOBS=$(nproc) CPLUS_INCLUDE_PATH=$(cuda_headers) \
+        NVTE_NO_LOCAL_VERSION=1 NVTE_CUDA_ARCHS=90 MAX_JOBS=$(nproc) CPLUS_INCLUDE_PATH=$(cuda_headers) \
         pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir "$store/built" \
         "$store"/transformer_engine_torch-*.tar.gz
     fi

@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -152,3 +153,72 @@ class TestStore:
         done = self.take(tmp_path / "store", tmp_path / "nowhere")
         assert done.returncode == 2
         assert "no bundle" in done.stderr
+
+
+class TestInstall:
+    """setup_offline.sh with a stand-in for torch, a wheel and a source package by hand."""
+
+    @pytest.fixture
+    def given(self, tmp_path: Path) -> dict[str, str]:
+        """The environment, whose torch says that it is one."""
+        for module in ("torch", "megatron/core"):
+            folder = tmp_path / "stub" / module
+            folder.mkdir(parents=True)
+            (folder / "__init__.py").write_text('__version__ = "a stand-in"\n')
+        return {**os.environ, "PYTHONPATH": str(tmp_path / "stub"), "PYTHON": sys.executable}
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "store"
+        folder.mkdir()
+        about = "annotated_types-0.8.0.dist-info"
+        with zipfile.ZipFile(folder / "annotated_types-0.8.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("annotated_types/__init__.py", "VALUE = 3\n")
+            wheel.writestr(
+                f"{about}/METADATA",
+                "Metadata-Version: 2.1\nName: annotated-types\nVersion: 0.8.0\n",
+            )
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "annotated_types/__init__.py,,\n")
+        source = tmp_path / "antlr4-python3-runtime-4.9.3"
+        source.mkdir()
+        (source / "setup.py").write_text(
+            "from setuptools import setup\n"
+            "setup(name='antlr4-python3-runtime', version='4.9.3', py_modules=['antlr4'])\n"
+        )
+        (source / "antlr4.py").write_text("VALUE = 4\n")
+        with tarfile.open(folder / f"{source.name}.tar.gz", "w:gz") as archive:
+            archive.add(source, source.name)
+        return folder
+
+    def test_what_is_in_the_store_is_installed_once(
+        self, tmp_path: Path, store: Path, given: dict[str, str]
+    ) -> None:
+        site = tmp_path / "site"
+        command = [
+            "bash",
+            str(GPU / "setup_offline.sh"),
+            "--store",
+            str(store),
+            "--site",
+            str(site),
+        ]
+        first = subprocess.run(command, env=given, capture_output=True, text=True)
+        assert first.returncode == 0, first.stderr
+        assert (site / "train" / "annotated_types" / "__init__.py").exists()
+        assert (site / "train" / "antlr4.py").exists()
+        assert "torch: a stand-in" in first.stdout
+        assert "sglang: not importable: ModuleNotFoundError" in first.stdout
+        told = subprocess.run(
+            ["bash", "-c", f". {site}/env; echo $PYTHONPATH $SGLANG_PYTHON"],
+            env=given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert told.stdout.split()[0].startswith(f"{site}/train:")
+        stamps = {path: path.stat().st_mtime_ns for path in site.glob("train/.installed-*")}
+        assert len(stamps) == 2
+        subprocess.run(command, env=given, capture_output=True, check=True)
+        again = {path: path.stat().st_mtime_ns for path in site.glob("train/.installed-*")}
+        assert again == stamps, "nothing was installed twice"
