@@ -15,7 +15,16 @@ from typing import Any
 
 from stage_colocated import as_batch, colocated, one_session
 from stage_engine import config_for as engine_config
-from stage_jobs import ONE_RANK, ROOT, command, make_quickstart, metrics, run
+from stage_jobs import (
+    EVERY_PROMPT,
+    FEW_PROMPTS,
+    ONE_RANK,
+    ROOT,
+    command,
+    make_quickstart,
+    metrics,
+    run,
+)
 from stage_measure import GIB
 from stage_pytest import run_file
 from stage_report import NO_CUDA, Stage
@@ -135,10 +144,7 @@ def prime_curves(stage: Stage, others: dict[str, Format]) -> None:
         knobs += [*ONE_RANK, "--evaluate.every=0", "--checkpoint.every=0"]
         knobs += [f"--precision.{one}.dtype={precision['dtype']}" for one in MODELS]
         knobs += [f"--precision.policy.{key}={value}".lower() for key, value in found.items()]
-        knobs += ["--filter.min_accuracy=0.0", "--filter.max_accuracy=1.0"]
-        if stage.small:
-            knobs += ["--rollout.prompts_per_step=4", "--rollout.prompts_per_round=4"]
-            knobs += ["--rollout.max_response_length=8"]
+        knobs += [*EVERY_PROMPT, *(FEW_PROMPTS if stage.small else ())]
         jobs.append(command("train", QUICKSTART / "prime.toml", *knobs))
     limit = None if stage.small else max(10.0, stage.left())
     run(*jobs, log=stage.folder / "fp8_jobs.log", limit_s=limit)

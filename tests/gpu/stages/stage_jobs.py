@@ -11,6 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 ONE_RANK = ("--megatron.tensor_model_parallel_size=1", "--megatron.pipeline_model_parallel_size=1")
 
+EVERY_PROMPT = ("--filter.min_accuracy=0.0", "--filter.max_accuracy=1.0")
+FEW_PROMPTS = (  # of the quickstart's PRIME stage
+    "--rollout.prompts_per_step=4",
+    "--rollout.prompts_per_round=4",
+    "--rollout.max_response_length=16",
+    "--policy.mini_batch_size=16",
+    "--prm.mini_batch_size=16",
+)
+
 
 def command(name: str, toml: Path, *knobs: str) -> list[str]:
     """To start one."""

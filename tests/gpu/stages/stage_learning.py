@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import sys
 
-from stage_jobs import ONE_RANK, ROOT, command, make_quickstart, metrics, run
+from stage_jobs import (
+    EVERY_PROMPT,
+    FEW_PROMPTS,
+    ONE_RANK,
+    ROOT,
+    command,
+    make_quickstart,
+    metrics,
+    run,
+)
 from stage_report import NO_CUDA, Stage
 
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -33,9 +42,7 @@ def learning(stage: Stage) -> None:
     train += [f"--data.eval={folder / 'data' / 'test.jsonl'}"]
     if stage.small:
         sft += ["--sft.steps=3", "--sft.warmup_steps=0"]
-        train += ["--run.steps=1", "--rollout.prompts_per_step=4", "--rollout.prompts_per_round=4"]
-        train += ["--filter.min_accuracy=0.0", "--filter.max_accuracy=1.0"]
-        train += ["--rollout.max_response_length=16"]
+        train += ["--run.steps=1", *EVERY_PROMPT, *FEW_PROMPTS]
     limit = None if stage.small else max(10.0, stage.left())
     log = stage.folder / "learning_jobs.log"
     run(command("sft", QUICKSTART / "sft.toml", *sft), log=log, limit_s=limit)

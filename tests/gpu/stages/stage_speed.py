@@ -18,7 +18,7 @@ import torch
 from rloo_step import HERE as BENCH
 from rloo_step import phases
 from stage_colocated import colocated
-from stage_measure import GIB
+from stage_measure import GIB, seconds_of
 from stage_report import NO_CUDA, Stage, put_away
 from stage_sizes import (
     MODELS,
@@ -32,7 +32,7 @@ from stage_sizes import (
     sglang_python,
     shapes_of,
 )
-from stage_update import FUSED, config_for, figures
+from stage_update import FUSED, Figures, config_for, figures
 from turns import Contestant, take_turns
 
 from megatron_prime.config import RunConfig
@@ -48,28 +48,30 @@ KEY = "the-key-of-the-run"
 
 
 def utilisation(stage: Stage, name: str, layers: int) -> None:
-    """Update and scoring, with Megatron's defaults and with what it can fuse."""
-    fastest = (0.0, 0.0)
-    for how, megatron in (("as configured by default", {}), ("with fused kernels", FUSED)):
-        if how != "as configured by default" and not stage.on_gpu:
-            break
-        config = config_for(stage, name, layers, {}, dict(megatron))
-        found = figures(stage, config)
+    """Update and scoring, with Megatron's defaults and with what it can fuse (not in a hurry)."""
+    found: dict[str, Figures] = {}
+    hows = {"Megatron's defaults": {}, "fused kernels": FUSED}
+    for how, megatron in list(hows.items())[: 2 if stage.on_gpu and not stage.short else 1]:
         label = f"{name}, {layers} layers, {how}"
-        stage.on_cuda(f"{label}: update, {found.tokens} tokens", found.update_s, "s")
-        stage.on_cuda(f"{label}: scoring", found.scoring_s, "s")
-        stage.on_cuda(f"{label}: peak of the update", found.update_peak / GIB, "GiB")
-        stage.on_cuda(f"{label}: MFU of the update", found.update_mfu, "%")
-        stage.on_cuda(f"{label}: MFU of scoring", found.scoring_mfu, "%")
-        fastest = (
-            max(fastest[0], found.update_mfu),
-            max(fastest[1], found.scoring_mfu),
-        )
+        config = config_for(stage, name, layers, {}, dict(megatron))
+        stage.attempt(label, one_way, stage, label, config, found)
     if stage.on_gpu and chip_rates() is None:
         stage.skip(f"{name}: MFU", f"≥ {GOAL_MFU:.0%}", "planner/rates.py lacks this chip")
         return
-    for what, found_mfu in zip(("update", "scoring"), fastest, strict=True):
-        stage.on_cuda(f"{name}, {layers} layers: best MFU, {what}", found_mfu, "%", GOAL_MFU)
+    for what in ("update", "scoring"):
+        best = max((getattr(one, f"{what}_mfu") for one in found.values()), default=0.0)
+        stage.on_cuda(f"{name}, {layers} layers: best MFU, {what}", best, "%", GOAL_MFU)
+
+
+def one_way(stage: Stage, label: str, config: RunConfig, kept: dict[str, Figures]) -> None:
+    """The figures of one configuration, into `kept`."""
+    found = kept[label] = figures(stage, config)
+    put_away()
+    stage.on_cuda(f"{label}: update, {found.tokens} tokens", found.update_s, "s")
+    stage.on_cuda(f"{label}: scoring", found.scoring_s, "s")
+    stage.on_cuda(f"{label}: peak of the update", found.update_peak / GIB, "GiB")
+    stage.on_cuda(f"{label}: MFU of the update", found.update_mfu, "%")
+    stage.on_cuda(f"{label}: MFU of scoring", found.scoring_mfu, "%")
 
 
 def product(stage: Stage) -> None:
@@ -78,8 +80,6 @@ def product(stage: Stage) -> None:
     dtype = torch.bfloat16
     device = "cuda" if stage.on_gpu else "cpu"
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    from stage_measure import seconds_of
-
     seconds = seconds_of(lambda: a @ b, warm_up=3, repeat=10)
     stage.on_cuda(f"a bf16 product of {side}³", 2 * side**3 / seconds / 1e12, "TFLOP/s")
 
