@@ -4,8 +4,8 @@ A stage that fails, crashes or hangs does not keep the next one from running: it
 limit with all it has started, and what its JSON file has by then counts. At the end there is one
 table, in DIR/table.md as well; the exit status is 1 if any check failed.
 
-Budgets are shares of `--seconds`, in the proportions of SHARES; only the stages that are asked for
-have one. A stage begins no part for which too little of its budget is left, so the limit, a little
+Budgets are shares of what is left of `--seconds`, in the proportions of SHARES, among the stages
+that were asked for: what one does not use, the later ones have. A stage begins no part for which too little of its budget is left, so the limit, a little
 above the budget, is for what hangs.
 """
 
@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE / "stages"), str(ROOT)]
 from stage_report import FAILED, Check, read, table  # noqa: E402
 
 # Of a whole run; what they need of one Hopper GPU relative to each other.
-SHARES = {"models": 40, "fp8": 130, "engine": 75, "colocation": 85, "speed": 105, "learning": 45}
+SHARES = {"models": 30, "fp8": 95, "engine": 110, "colocation": 80, "speed": 85, "learning": 80}
 SHORT_S = 480.0  # a command on a machine without a network may be limited to ten minutes
 LONG_S = 2400.0
 SMALL_S = 7200.0  # on a CPU: as long as it takes
@@ -47,10 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     known = parser.parse_args(arguments)
     out = known.out.resolve()
     total = known.seconds or (SMALL_S if known.small else SHORT_S if known.short else LONG_S)
-    of_all = sum(SHARES[name] for name in known.stage)
+    started = time.monotonic()
     checks: list[Check] = []
-    for name in known.stage:
-        budget = total * SHARES[name] / of_all
+    for number, name in enumerate(known.stage):
+        of_rest = sum(SHARES[later] for later in known.stage[number:])
+        budget = (total - (time.monotonic() - started)) * SHARES[name] / of_rest
         flags = [flag for flag in ("--small", "--short") if getattr(known, flag[2:])]
         checks += run(name, out, budget, flags)
     print(f"\n{table(checks)}", flush=True)

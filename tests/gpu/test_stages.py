@@ -127,7 +127,7 @@ def test_stages_that_fail_crash_and_hang(
         told = f"OUT, NAME = {str(out)!r}, {name!r}\n{REPORT}\n{text}\n"
         (home / "stages" / f"stage_{name}.py").write_text(told)
     monkeypatch.setattr(run_stages, "HERE", home)
-    monkeypatch.setattr(run_stages, "SHARES", dict.fromkeys(STAGES, 60) | {"engine": 8})
+    monkeypatch.setattr(run_stages, "SHARES", dict.fromkeys(STAGES, 60) | {"engine": 3})
     given = ["--small", "--seconds", "188", "--out", str(out), "--stage", *STAGES]
     started = time.monotonic()
     assert run_stages.main(given) == 1
