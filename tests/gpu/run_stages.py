@@ -5,8 +5,8 @@ limit with all it has started, and what its JSON file has by then counts. At the
 table, in DIR/table.md as well; the exit status is 1 if any check failed.
 
 Budgets are shares of what is left of `--seconds`, in the proportions of SHARES, among the stages
-that were asked for: what one does not use, the later ones have. A stage begins no part for which too little of its budget is left, so the limit, a little
-above the budget, is for what hangs.
+that were asked for: what one does not use, the later ones have. A stage begins no part for which
+too little of its budget is left, so the limit, a little above the budget, is for what hangs.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def prime_curves(stage: Stage, others: dict[str, Format]) -> None:
     for label, found in labels.items():
         knobs = [f"--run.folder={run_folder(folder, label)}", f"--model.hf={folder / 'start'}"]
         knobs += [f"--data.train={folder / 'data' / 'train.jsonl'}", f"--run.steps={steps}"]
-        knobs += [*ONE_RANK, "--evaluate.every=0", "--checkpoint.every=0"]
+        knobs += [f"--data.eval={folder / 'data' / 'test.jsonl'}", "--evaluate.every=0"]
+        knobs += [*ONE_RANK, "--checkpoint.every=0"]
         knobs += [f"--precision.{one}.dtype={precision['dtype']}" for one in MODELS]
         knobs += [f"--precision.policy.{key}={value}".lower() for key, value in found.items()]
         knobs += [*EVERY_PROMPT, *(FEW_PROMPTS if stage.small else ())]

@@ -106,8 +106,9 @@ def logprobs(stage: Stage, model: Path, implementation: str) -> None:
             packed = engine.logprobs(batch.sequences)
             name = f"{implementation} layers, {dtype}: log-probs against transformers in fp32"
             stage.at_most(name, apart(packed, exact, batch), bound, "nats")
-            engine.max_tokens = 1  # so a micro-batch is a row
-            alone = engine.logprobs(batch.sequences)
+            alone = torch.zeros_like(packed)
+            for row, sequence in enumerate(batch.sequences):
+                alone[row, : sequence.response_length] = engine.logprobs([sequence])[0]
             name = f"{implementation} layers, {dtype}: a pack against its rows one by one"
             stage.at_most(name, apart(packed, alone, batch), bound, "nats")
 
