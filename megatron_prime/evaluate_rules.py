@@ -65,7 +65,7 @@ def command_problems(config: RunConfig, check_model: CheckModel) -> Iterator[str
         )
 
 
-def unnamed_reference(prm: Path) -> str:
+def unnamed_reference(prm: Path, table: str = "evaluate") -> str:
     """Why a PRM's directory doesn't say what its log-ratio is to; nothing if it does: then it is
     the `model.hf` that its run started from."""
     path = prm / "run.json"
@@ -87,7 +87,7 @@ def unnamed_reference(prm: Path) -> str:
     if made_with.get("forward") == "frozen":
         return (
             f'{prm} is of a run with prm.forward = "frozen": its PRM came from elsewhere, and so '
-            "did what it was trained against; set it to that, and evaluate.prm to the run's prm.hf"
+            f"did what it was trained against; set it to that, and {table}.prm to the run's prm.hf"
         )
     return ""
 
