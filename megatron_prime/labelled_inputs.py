@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_prime.config import RunConfig
-from megatron_prime.data.answers import read_answered
+from megatron_prime.data.answered import read_answered
 from megatron_prime.data.chat import Tokenizer
 from megatron_prime.data.labelled import (
     LabelledGroup,

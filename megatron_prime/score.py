@@ -23,11 +23,11 @@ from torch import Tensor
 from megatron_prime import build
 from megatron_prime.benchmarks.tasks import identity
 from megatron_prime.config import RunConfig
-from megatron_prime.data.answers import Answered, read_answered
+from megatron_prime.data.answered import Answered, read_answered
 from megatron_prime.data.chat import Tokenizer, load_tokenizer
-from megatron_prime.data.pieces import pieces
 from megatron_prime.data.rows import DataError
 from megatron_prime.data.steps import SeparatedSteps
+from megatron_prime.data.token_text import pieces
 from megatron_prime.families import max_positions, with_defaults
 from megatron_prime.models.scoring import PrmScorer, scoring_config
 from megatron_prime.protocols import StepReader

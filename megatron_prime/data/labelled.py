@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prime.data.answers import Answered
+from megatron_prime.data.answered import Answered
 from megatron_prime.data.rows import DataError
 from megatron_prime.types import RolloutBatch, TokenSequence
 
