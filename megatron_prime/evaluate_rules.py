@@ -75,7 +75,8 @@ def unnamed_reference(prm: Path, table: str = "evaluate") -> str:
             "PRM was started from"
         )
     try:
-        made_with = json.loads(path.read_text())["config"].get("prm", {})
+        config = json.loads(path.read_text())["config"]
+        made_with, weights = config.get("prm", {}), config.get("model", {}).get("weights")
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path} is damaged; bring it back from a copy, or set it"
     if made_with.get("reference") == "policy":
@@ -83,6 +84,11 @@ def unnamed_reference(prm: Path, table: str = "evaluate") -> str:
             f'{prm} was trained with prm.reference = "policy": its log-ratio is to a policy that '
             "changed at every step, not to the run's model.hf; set it to the policy of that step "
             "as a Hugging Face checkpoint"
+        )
+    if weights is not None:
+        return (
+            f"{prm} is of a run that started from model.weights = {weights}; set it to these as a "
+            "Hugging Face checkpoint (tools/convert_megatron_to_hf.py)"
         )
     if made_with.get("forward") == "frozen":
         return (

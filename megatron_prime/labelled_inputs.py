@@ -74,7 +74,7 @@ def reference_of(
         return model, _scored(judged, known)
     everything = [*dict.fromkeys([*sequences_of(learnt), *held_out])]
     about = {
-        "reference": str(config.model.hf),
+        "reference": str(config.model.start),
         "dtype": config.precision.reference.dtype,
         "data": f"{fingerprint(learnt)} {fingerprint(judged)}",
     }

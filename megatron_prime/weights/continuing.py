@@ -37,10 +37,10 @@ FREE = (
 )
 COUNT = {
     "train": ("",),
-    "sft": ("run.seed", "model.hf", "precision.policy.", "sft."),
+    "sft": ("run.seed", "model.", "precision.policy.", "sft."),
     "train_prm": (
         "run.seed",
-        "model.hf",
+        "model.",
         "precision.prm.",
         "precision.reference.",
         "prm.",
