@@ -19,8 +19,6 @@ from job import DIGITS, Job, layout, load_quickstart, prompt_row, reproducible
 from ranks import Ranks
 from test_train import documented
 
-from megatron_prime.runtime.rollout_files import read_steps
-
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 ALONE = layout(tp=1, pp=1)
@@ -184,8 +182,9 @@ def sft_knobs(job: Job, name: str) -> list[str]:
     return [f"--model.hf={job.folder / 'shape'}", output, held_out, *SFT]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "sizes"), [(1, (1, 1)), (4, (2, 2))])
+@pytest.mark.parametrize(
+    ("ranks", "sizes"), [(1, (1, 1)), pytest.param(4, (2, 2), marks=pytest.mark.slow)]
+)
 def test_fine_tuning_that_was_hit_is_that_of_one_that_was_not(
     job: Job, ranks: int, sizes: tuple[int, int]
 ) -> None:
@@ -229,27 +228,16 @@ def test_another_layout_and_a_loaded_reference_learn_the_same(job: Job, rollouts
 
 
 @pytest.mark.slow
-def test_what_is_learnt_is_what_the_runs_rollouts_say(job: Job, rollouts: Path) -> None:
-    """Rows of text with the labels of the rollouts, those that ended: the same tokens, the same
-    first step."""
-    groups = [g for g in read_steps(rollouts) if all(r.finish_reason == "stop" for r in g.rollouts)]
-    questions = [json.loads(x) for x in (job.folder / "threes.jsonl").read_text().splitlines()]
-    rows = [
-        {
-            "messages": questions[group.prompt.prompt_id]["prompt"],
-            "responses": [rollout.text for rollout in group.rollouts],
-            "labels": group.outcome_rewards,
-        }
-        for group in groups
-        if all(rollout.text for rollout in group.rollouts)
-    ]
-    assert len(rows) > 20
-    (job.folder / "typed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job.start_alone("train_prm", "typed", *of_prm(job.folder / "typed.jsonl", *PRM), *ALONE)
-    assert job.metrics("typed")[8]["prm/loss"] < 0.69
-
-
-def test_a_folder_of_another_command_is_refused(job: Job) -> None:
-    """The job's own SFT has left checkpoints there."""
-    with pytest.raises(AssertionError, match="holds checkpoints of the command sft, which train"):
-        job.start("train", 1, "sft", *ALONE)
+def test_a_runs_checkpoint_scores_like_its_export_and_knows_its_reference(
+    job: Job, trained: Path
+) -> None:
+    source = job.folder / "one.jsonl"
+    source.write_text(json.dumps({"prompt": "0173=", "responses": ["3,3,\\boxed{3}", "no"]}))
+    export = [f"--score.prm={trained}", f"--score.reference={job.folder / 'start'}"]
+    checkpoint = [f"--score.prm={job.run('taught') / 'checkpoints' / 'step_000100'}"]
+    lines = []
+    for name, knobs in (("of_export", export), ("of_checkpoint", checkpoint)):
+        job.start_alone("score", name, f"--score.input={source}", *knobs, *ALONE)
+        lines.append((job.run(name) / "scores" / "scores.jsonl").read_text())
+    assert lines[0] == lines[1]
+    assert lines[0].count("\n") == 2
