@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from torch.distributed.distributed_c10d import PrefixStore
 
 from megatron_prime import evaluation, loop
-from megatron_prime import sft as sft_stage
 from megatron_prime.config import (
     ConfigError,
     ParallelSizes,
@@ -23,12 +22,11 @@ from megatron_prime.config import (
 )
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
-from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.data.steps import step_reader
 from megatron_prime.devices import limits_of, models_on
-from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of, report_dropped
+from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of
 from megatron_prime.models.architecture import ModelShape, transformer_config
-from megatron_prime.models.factory import hf_of, sft_engine
+from megatron_prime.models.factory import hf_of
 from megatron_prime.models.precision import Chip, chip_problems
 from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
@@ -113,27 +111,6 @@ def train(config: RunConfig, launch: Launch) -> None:
             curves = config.run.folder / "curves.png"
             draw_curves(config.run.folder / "metrics.jsonl", curves, str(config.run.folder))
             recorder.summary(curves, exported)
-
-
-def sft(config: RunConfig, launch: Launch) -> None:
-    """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with training_session(config, launch, "sft") as ranks:
-        note_start(config, config.run.folder, ranks)
-        assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
-        tokenizer = load_tokenizer(config.model.hf)
-        conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
-        kept, dropped = len(conversations.examples), conversations.dropped_long
-        report_dropped(config.sft.data, kept, dropped, "sft.max_length")
-        engine = sft_engine(config)
-        with (
-            RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder,
-            launch.steps(agree=None),
-        ):
-            sft_stage.run(config, engine, conversations.examples, recorder)
-        output = config.sft.output or config.run.folder / "hf"
-        export_hf(engine.modules, engine.shape, config.model.hf, output)
-        if ranks.rank == 0:
-            print(f"fine-tuned model: {output}")
 
 
 def rollout(config: RunConfig, launch: Launch) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,6 @@ from megatron_prime.errors import RunError
 from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
 from megatron_prime.options import AdvantageOptions as AdvantageOptions
 from megatron_prime.options import (
-    Beta,
     EvaluateSection,
     FilePath,
     Fraction,
@@ -34,6 +33,9 @@ from megatron_prime.options import (
 from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
 from megatron_prime.options import Section as Section
 from megatron_prime.options import VerifySection as VerifySection
+from megatron_prime.stage_options import BatchSection as BatchSection
+from megatron_prime.stage_options import OptimizerSection as OptimizerSection
+from megatron_prime.stage_options import ScoreSection, SftSection, TrainPrmSection
 
 ModelName = Literal["policy", "prm", "reference"]
 PrmLoss = Literal["ce", "ce_hard", "dpo", "nca", "kto"]
@@ -166,35 +168,6 @@ class FilterSection(Section):
     """Prompts with a response that was cut at `rollout.max_response_length`."""
 
 
-class OptimizerSection(Section):
-    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Adam's epsilon."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-    clip_grad: PositiveFloat = 1.0
-    """Largest global gradient norm."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-
-
-class BatchSection(OptimizerSection):
-    """How one step's rollouts are cut up for an update."""
-
-    mini_batch_size: Positive = 256
-    """Rollouts per optimizer step."""
-    micro_batch_tokens: Positive = 8192
-    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
-    FP8, sequence parallelism or a pipeline wants comes on top."""
-
-
 class PolicySection(BatchSection):
     """Update of the policy."""
 
@@ -236,27 +209,6 @@ class PrmSection(BatchSection):
     measure_after: bool = False
     """Log the pair accuracy after the update too: one more forward pass for a figure alone, or none
     with `forward = "double"`, which shows it in any case."""
-
-
-class SftSection(BatchSection):
-    """Supervised fine-tuning (`python -m megatron_prime sft`)."""
-
-    data: FilePath | None = None
-    """Chat jsonl ({"messages": [...]}); the loss is on assistant tokens only."""
-    output: FilePath | None = None
-    """Hugging Face checkpoint directory to write; none writes `hf` in the run folder."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """Start from the weights of `model.hf`, or from random ones of its shape."""
-    steps: Positive = 1000
-    """Optimizer steps."""
-    lr: PositiveFloat = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-    mini_batch_size: Positive = 96
-    """Conversations per optimizer step."""
-    max_length: Positive = 4096
-    """Longer conversations are counted and dropped."""
 
 
 class CheckpointSection(Section):
@@ -333,6 +285,8 @@ class RunConfig(Section):
     prm: PrmSection = PrmSection()
     advantage: AdvantageOptions = AdvantageOptions()
     sft: SftSection = SftSection()
+    train_prm: TrainPrmSection = TrainPrmSection()
+    score: ScoreSection = ScoreSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     memory: MemorySection = MemorySection()

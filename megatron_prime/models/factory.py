@@ -23,7 +23,7 @@ from megatron_prime.weights.source import MegatronWeights
 
 def policy_of(config: RunConfig) -> MegatronPolicy:
     """The policy, at its start."""
-    engine = trained(config, "policy", config.policy, config.rollout.temperature)
+    engine = trained(config, "policy", config.policy, config.rollout.temperature, config.run.steps)
     return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
 
 
@@ -33,7 +33,12 @@ def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:
         chunks, shape = loaded(config, "prm")
         frozen = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
         return FrozenPrm(frozen, Guard(config, "prm"))
-    engine = trained(config, "prm", config.prm, 1.0)
+    return trained_prm(config, config.run.steps)
+
+
+def trained_prm(config: RunConfig, steps: int) -> MegatronPrm:
+    """The PRM with its optimizer, at the start of `steps` updates."""
+    engine = trained(config, "prm", config.prm, 1.0, steps)
     return MegatronPrm(engine, config.prm, Guard(config, "prm"))
 
 
@@ -55,11 +60,11 @@ def sft_engine(config: RunConfig) -> TrainableEngine:
 
 
 def trained(
-    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
+    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float, steps: int
 ) -> TrainableEngine:
-    """A model with optimizer, from a Hugging Face checkpoint."""
+    """A model with optimizer and a schedule of `steps`, from a Hugging Face checkpoint."""
     chunks, shape = loaded(config, name)
-    steps, precision = config.run.steps, config.precision.of(name)
+    precision = config.precision.of(name)
     return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
 
 

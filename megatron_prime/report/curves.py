@@ -49,6 +49,20 @@ class Panel:
 
 PANELS = (
     Panel("Fine-tuning loss", "nats per token", (Curve("sft/loss"),)),
+    Panel("Held out: loss", "nats per token or answer", (Curve("held_out/loss"),)),
+    Panel(
+        "Held out: pairs ranked as labelled",
+        "share of pairs",
+        (Curve("held_out/pair_accuracy"),),
+        level=0.5,
+        level_label="chance",
+    ),
+    Panel(
+        "Held out: calibration of σ(R)",
+        "share of answers",
+        (Curve("held_out/calibration_error"),),
+        from_zero=True,
+    ),
     Panel(
         "Accuracy",
         "share of answers",
@@ -199,7 +213,7 @@ def _draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
         if not steps:
             continue
         line = {"color": curve.color, "linewidth": 1.7, "label": curve.label}
-        if len(steps) <= FEW_POINTS or curve.metric.startswith("evaluate/"):
+        if len(steps) <= FEW_POINTS or curve.metric.startswith(("evaluate/", "held_out/")):
             axes.plot(steps, values, marker="o", markersize=3.5, **line)
         else:
             axes.plot(steps, values, color=curve.color, alpha=0.35, linewidth=0.7)

@@ -22,7 +22,7 @@ from megatron_prime.runtime.rollout_files import write_step
 from megatron_prime.types import Metrics, VerifiedGroup
 
 _OF_STEPS = ("rollout", "verify", "filter", "prm", "policy", "time", "memory")
-STAGES = (*_OF_STEPS, "evaluate", "eval", "sft")
+STAGES = (*_OF_STEPS, "evaluate", "eval", "sft", "held_out")
 
 
 class MetricsError(RunError, ValueError):
