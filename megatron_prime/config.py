@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_prime.errors import RunError
 from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
 from megatron_prime.options import AdvantageOptions as AdvantageOptions
+from megatron_prime.options import BatchSection as BatchSection
+from megatron_prime.options import CriticSection as CriticSection
 from megatron_prime.options import (
-    Beta,
     EvaluateSection,
     FilePath,
     Fraction,
@@ -35,7 +36,7 @@ from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
 from megatron_prime.options import Section as Section
 from megatron_prime.options import VerifySection as VerifySection
 
-ModelName = Literal["policy", "prm", "reference"]
+ModelName = Literal["policy", "prm", "reference", "critic"]
 PrmLoss = Literal["ce", "ce_hard", "dpo", "nca", "kto"]
 
 
@@ -76,7 +77,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The model that policy, PRM and reference start from."""
+    """The model that policy, PRM, reference and critic start from."""
 
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
@@ -131,6 +132,8 @@ class PrecisionSection(Section):
     """Of the PRM."""
     reference: PrecisionOptions = PrecisionOptions()
     """Of the reference."""
+    critic: PrecisionOptions = PrecisionOptions()
+    """Of the critic; its value head gives fp32 in any case."""
 
     def of(self, model: ModelName) -> PrecisionOptions:
         """The table of one model."""
@@ -164,35 +167,6 @@ class FilterSection(Section):
     drop them, but not of partly right ones."""
     truncated: Literal["keep", "drop"] = "keep"
     """Prompts with a response that was cut at `rollout.max_response_length`."""
-
-
-class OptimizerSection(Section):
-    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Adam's epsilon."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-    clip_grad: PositiveFloat = 1.0
-    """Largest global gradient norm."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-
-
-class BatchSection(OptimizerSection):
-    """How one step's rollouts are cut up for an update."""
-
-    mini_batch_size: Positive = 256
-    """Rollouts per optimizer step."""
-    micro_batch_tokens: Positive = 8192
-    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
-    FP8, sequence parallelism or a pipeline wants comes on top."""
 
 
 class PolicySection(BatchSection):
@@ -293,6 +267,8 @@ class DeadlineSection(Section):
     """Of scoring."""
     update_prm_s: PositiveFloat = 3600.0
     """Of the PRM's update."""
+    update_critic_s: PositiveFloat = 3600.0
+    """Of the critic's forward and update."""
     update_policy_s: PositiveFloat = 3600.0
     """Of the policy's update."""
     sync_weights_s: PositiveFloat = 3600.0
@@ -331,6 +307,7 @@ class RunConfig(Section):
     verify: VerifySection = VerifySection()
     policy: PolicySection = PolicySection()
     prm: PrmSection = PrmSection()
+    critic: CriticSection = CriticSection()
     advantage: AdvantageOptions = AdvantageOptions()
     sft: SftSection = SftSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -379,9 +356,10 @@ class RunConfig(Section):
     @property
     def models(self) -> tuple[ModelName, ...]:
         """The models of a run."""
-        if not self.uses_prm:
-            return ("policy",)
-        return ("policy", "prm") if self.policy_is_reference else ("policy", "prm", "reference")
+        found: list[ModelName] = ["policy"]
+        if self.uses_prm:
+            found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
+        return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
 
     @property
     def frozen(self) -> frozenset[ModelName]:
