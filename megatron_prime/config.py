@@ -339,6 +339,11 @@ class RunConfig(Section):
             vpp=1 if virtual is None else virtual,
         )
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something is due on every `every`-th step (0: on none of them), or on the
+        last."""
+        return step == self.run.steps or (every > 0 and step % every == 0)
+
     def sampling_seed(self, step: int, round_: int) -> int:
         """The seed of one generation round: a random stream of its own."""
         return (self.run.seed * 1_000_000 + step) * 1_000 + round_
@@ -360,6 +365,15 @@ class RunConfig(Section):
         if self.uses_prm:
             found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
         return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
+
+    def hf_of(self, name: ModelName) -> Path:
+        """The checkpoint that a model starts from."""
+        return {"prm": self.prm.hf, "critic": self.critic.hf}.get(name) or self.model.hf
+
+    def batches_of(self, name: ModelName) -> BatchSection:
+        """How a model's batches are cut; the reference's as the PRM's."""
+        own: dict[str, BatchSection] = {"policy": self.policy, "critic": self.critic}
+        return own.get(name, self.prm)
 
     @property
     def frozen(self) -> frozenset[ModelName]:

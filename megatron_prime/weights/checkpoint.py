@@ -1,10 +1,10 @@
 """Everything that a run is, saved so that it is there whole or not at all.
 
     checkpoints/step_000016/
-        policy/  prm/        Megatron distributed checkpoints: weights, optimizer, schedule
-        rng/rank_00003.pt    random states of each rank
-        run.json             step, policy version, data cursor, surplus groups
-        manifest.json        size and checksum of all these files (see manifest.py); written last
+        policy/  prm/  critic/   Megatron distributed checkpoints: weights, optimizer, schedule
+        rng/rank_00003.pt        random states of each rank
+        run.json                 step, policy version, data cursor, surplus groups
+        manifest.json            size and checksum of all these files; written last
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a directory
 called `step_…` is always complete; only what happens to it later can harm it, and the manifest
@@ -52,6 +52,7 @@ FREE = (
     "rollout.mismatch_alarm",
     "policy.micro_batch_tokens",
     "prm.micro_batch_tokens",
+    "critic.micro_batch_tokens",
     "verify.",
     "evaluate.",
     "checkpoint.",
@@ -237,7 +238,8 @@ class RunCheckpoints:
         must = {"run": {"folder": "-"}, "model": {"hf": "-"}, "data": {"train": "-"}}
         defaults = RunConfig.model_validate(must).model_dump(mode="json")
         before = flatten(defaults) | flatten(began_with)  # a knob of later was at its default
-        cosine = "cosine" in (self.config.policy.schedule, self.config.prm.schedule)
+        tables = (self.config.policy, self.config.prm, self.config.critic)
+        cosine = any(table.schedule == "cosine" for table in tables)
         free = tuple(knob for knob in FREE if not (cosine and knob == "run.steps"))
         changed = [
             f"{knob}: began with {before.get(knob)!r}, found {now.get(knob)!r}"

@@ -58,9 +58,7 @@ def loss(batch, returns):
         return (found - wanted) ** 2 / 2, found - wanted
 
     terms = [term(i, t) for i in batch.rows for t in range(batch.lengths[i])]
-    plain = [
-        (now[i][t] - returns[i][t]) ** 2 / 2 for i in batch.rows for t in range(batch.lengths[i])
-    ]
+    plain = batch.tokens(lambda i, t: (now[i][t] - returns[i][t]) ** 2 / 2)
     unexplained = variance(batch, now, returns) / variance(batch, None, returns)
     return {
         "value.moved": now,
@@ -70,8 +68,7 @@ def loss(batch, returns):
         },
         "value.loss.unclipped": math.fsum(batch.flat(plain)) / tokens,
         "value.grad": batch.tokens(lambda i, t: term(i, t)[1] / tokens),
-        "value.explained_variance": 1
-        - variance(batch, now, returns) / variance(batch, None, returns),
+        "value.explained_variance": 1 - unexplained,
     }
 
 
