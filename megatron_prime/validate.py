@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_prime import (
     algorithm_rules,
+    critic_rules,
     evaluate_rules,
     precision_rules,
     prm_rules,
@@ -59,8 +60,8 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     roles = models_of(config, "train")
-    of_prm_alone: tuple[ModelName, ...] = ("prm",) if config.prm.hf is not None else ()
-    shared = [role for role in roles if role not in of_prm_alone]
+    own: dict[ModelName, Path | None] = {"prm": config.prm.hf, "critic": config.critic.hf}
+    shared = [role for role in roles if own.get(role) is None]
     yield from _model(config, "model.hf", config.model.hf, _longest(config), shared)
     yield from _file("data.train", config.data.train)
     in_fp8 = [role for role in roles if config.precision.of(role).fp8_param]
@@ -74,6 +75,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from evaluate_rules.problems(config, _model)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
     yield from algorithm_rules.problems(config)
+    yield from critic_rules.problems(config)
     yield from rollout_rules.problems(config)
     if config.debug.rollouts_from is None:
         yield from _engine(config, world_size)
@@ -85,7 +87,12 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
         yield from _batches(config, "prm", config.prm, world_size)
         if config.prm.hf is not None:
-            yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
+            yield from _model(config, "prm.hf", config.prm.hf, _longest(config), ("prm",))
+    if "critic" in roles:
+        yield from _schedule("critic", config.critic, config.run.steps, "run.steps")
+        yield from _batches(config, "critic", config.critic, world_size)
+        if (hf := config.critic.hf) is not None:
+            yield from _model(config, "critic.hf", hf, _longest(config), ("critic",))
 
 
 def _start(config: RunConfig) -> Iterator[str]:

@@ -58,6 +58,8 @@ Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mi
 class Engine:
     """One model, frozen or trained: this rank's shards of it and their place in the pipeline."""
 
+    gives = "log-probs"  # of each response token
+
     def __init__(
         self, chunks: Sequence[Any], shape: ModelShape, max_tokens: int, temperature: float
     ) -> None:
@@ -67,7 +69,8 @@ class Engine:
         self.shape = shape
         self.max_tokens = max_tokens  # of one micro-batch on one rank
         self.temperature = temperature  # logits are divided by it
-        self.gives = "values" if shape.value_head else "log-probs"
+        if shape.value_head:
+            self.gives = "values"
         self.grid = grid_of(chunks[0].config, next(chunks[0].parameters()).device)
 
     @torch.no_grad()
