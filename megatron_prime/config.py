@@ -366,9 +366,13 @@ class RunConfig(Section):
             found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
         return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
 
+    def own_hf(self, name: str) -> Path | None:
+        """The checkpoint that a model starts from, if it is not that of all."""
+        return {"prm": self.prm.hf, "critic": self.critic.hf}.get(name)
+
     def hf_of(self, name: ModelName) -> Path:
         """The checkpoint that a model starts from."""
-        return {"prm": self.prm.hf, "critic": self.critic.hf}.get(name) or self.model.hf
+        return self.own_hf(name) or self.model.hf
 
     def batches_of(self, name: ModelName) -> BatchSection:
         """How a model's batches are cut; the reference's as the PRM's."""

@@ -60,8 +60,7 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     roles = models_of(config, "train")
-    own: dict[ModelName, Path | None] = {"prm": config.prm.hf, "critic": config.critic.hf}
-    shared = [role for role in roles if own.get(role) is None]
+    shared = [role for role in roles if config.own_hf(role) is None]
     yield from _model(config, "model.hf", config.model.hf, _longest(config), shared)
     yield from _file("data.train", config.data.train)
     in_fp8 = [role for role in roles if config.precision.of(role).fp8_param]
@@ -79,20 +78,14 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from rollout_rules.problems(config)
     if config.debug.rollouts_from is None:
         yield from _engine(config, world_size)
-    yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
-    yield from _batches(config, "policy", config.policy, world_size)
-    if config.uses_prm:
-        yield from prm_rules.problems(config)
-        if "prm" not in config.frozen:
-            yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
-        yield from _batches(config, "prm", config.prm, world_size)
-        if config.prm.hf is not None:
-            yield from _model(config, "prm.hf", config.prm.hf, _longest(config), ("prm",))
-    if "critic" in roles:
-        yield from _schedule("critic", config.critic, config.run.steps, "run.steps")
-        yield from _batches(config, "critic", config.critic, world_size)
-        if (hf := config.critic.hf) is not None:
-            yield from _model(config, "critic.hf", hf, _longest(config), ("critic",))
+    yield from prm_rules.problems(config)
+    for role in roles:
+        if role not in config.frozen:
+            yield from _schedule(role, config.batches_of(role), config.run.steps, "run.steps")
+        if role != "reference":
+            yield from _batches(config, role, config.batches_of(role), world_size)
+        if (hf := config.own_hf(role)) is not None:
+            yield from _model(config, f"{role}.hf", hf, _longest(config), (role,))
 
 
 def _start(config: RunConfig) -> Iterator[str]:

@@ -132,8 +132,7 @@ def save(folder: Path, config: RunConfig, model: str, engine: Engine, batch: Bat
         saved = {"model": model, "loss_scale": scale, "batch": _plain(batch)}
         torch.save(saved, folder / "batch.pt")
         (folder / "config.toml").write_text(describe(config) + "\n")
-    own = {"prm": config.prm.hf, "critic": config.critic.hf}
-    source = own.get(model) or config.model.hf
+    source = config.own_hf(model) or config.model.hf
     export_hf(engine.modules, engine.shape, source, folder / "weights")
 
 
