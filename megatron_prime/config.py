@@ -364,6 +364,8 @@ class RunConfig(Section):
         found: list[ModelName] = ["policy"]
         if self.uses_prm:
             found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
+        elif self.policy.loss.kl_coefficient:
+            found += ["reference"]
         return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
 
     def own_hf(self, name: str) -> Path | None:
@@ -375,9 +377,11 @@ class RunConfig(Section):
         return self.own_hf(name) or self.model.hf
 
     def batches_of(self, name: ModelName) -> BatchSection:
-        """How a model's batches are cut; the reference's as the PRM's."""
-        own: dict[str, BatchSection] = {"policy": self.policy, "critic": self.critic}
-        return own.get(name, self.prm)
+        """How a model's batches are cut; the reference's as the PRM's, or as the policy's."""
+        own: dict[str, BatchSection] = {"prm": self.prm, "critic": self.critic}
+        if name == "reference" and self.uses_prm:
+            return self.prm
+        return own.get(name, self.policy)
 
     @property
     def frozen(self) -> frozenset[ModelName]:

@@ -103,8 +103,8 @@ class AdvantageOptions(Section):
     """Of `gae`: how much of what later values say is left out, from 1, nothing (the paper's), to 0,
     all but the next one."""
     process_weight: NonNegativeFloat = 1.0
-    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is
-    loaded."""
+    """Weight of the process advantage; 0 trains on the outcome alone and no PRM is loaded, nor a
+    reference, unless `policy.loss.kl_coefficient` wants it."""
     outcome_weight: NonNegativeFloat = 1.0
     """Weight of the outcome advantage."""
 
@@ -138,7 +138,8 @@ class PolicyLossOptions(Section):
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus (released run: 0)."""
     kl_coefficient: NonNegativeFloat = 0.0
-    """Weight of the KL divergence from the reference, the PRM's, in the loss (released run: 0)."""
+    """Weight of the KL divergence from the reference, the frozen weights of `model.hf`, in the loss
+    (released run: 0)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How each token estimates it, with d = log(policy / reference): `k1`, d times the ratio, `k2`,
     d²/2, or `k3`, exp(-d) - 1 + d; their gradients differ, see `algorithm/policy_loss.py`."""

@@ -198,7 +198,7 @@ class Roles:
     ranks: Ranks
     policy: Policy
     prm: ProcessRewardModel | None  # None: trained on the outcome alone
-    reference: ScoringModel | None  # None: the policy is the PRM's reference, or there is no PRM
+    reference: ScoringModel | None  # None: the policy is the PRM's, or nothing asks for one
     critic: Critic | None  # None: advantages compare with other rewards, or with nothing
     gpus: Scheduler
     recorder: Recorder

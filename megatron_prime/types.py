@@ -254,7 +254,7 @@ class ScoredBatch:
 
     rollouts: RolloutBatch
     old_logprobs: OldLogprobs
-    ref_logprobs: Tensor | None  # float32 [N, T], what the PRM is compared with; None without a PRM
+    ref_logprobs: Tensor | None  # float32 [N, T], what PRM or policy is compared with
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Only `rows` (int64 [n])."""

@@ -214,7 +214,6 @@ def play(
     fake: Fake,
     state: LoopState | None = None,
     with_prm: bool = True,
-    with_reference: bool = True,
     prompts: PromptStream | None = None,
     eval_sets: Sequence[EvalSet] = (),
     **knobs: Any,
@@ -239,7 +238,7 @@ def play(
         ranks=fake,
         policy=policy,
         prm=FakeModel(fake, "prm", -1.0) if with_prm else None,
-        reference=FakeModel(fake, "reference", -1.2) if with_prm and with_reference else None,
+        reference=FakeModel(fake, "reference", -1.2) if "reference" in config.models else None,
         critic=FakeCritic(fake) if "critic" in config.models else None,
         gpus=fake,
         recorder=fake,
@@ -280,7 +279,7 @@ def test_rewards_come_from_the_forward_that_was_named(forward: str, expected: fl
 def test_the_policy_can_be_the_reference() -> None:
     """Of all rows before the PRM learns, once, and the policy's update takes the same."""
     fake = Fake([0.5])
-    play(fake, with_reference=False, prm={"reference": "policy"})
+    play(fake, prm={"reference": "policy"})
     assert not any("reference" in entry for entry in fake.trace)
     assert [entry for entry in fake.trace if "policy" in entry and "update" not in entry] == [
         "policy old_logprobs of all"
@@ -330,6 +329,16 @@ def test_outcome_only_needs_neither_prm_nor_reference() -> None:
     advantages = fake.trained_on[0].advantages
     assert (advantages[:2] > 0).all()  # the two right answers of the first group
     assert (advantages[2:4] < 0).all()
+
+
+def test_the_policy_is_tied_to_a_reference_without_a_prm() -> None:
+    fake = Fake([0.5])
+    loss = {"kl_coefficient": 0.1}
+    play(fake, with_prm=False, advantage={"process_weight": 0.0}, policy={"loss": loss})
+    assert fake.trace.count("reference logprobs") == 1
+    scored = fake.trained_on[0].scored
+    assert scored.ref_logprobs is not None
+    assert torch.equal(scored.ref_logprobs, torch.full((8, 3), -1.2))
 
 
 def test_a_critic_is_asked_before_it_learns_and_the_policy_after() -> None:

@@ -39,9 +39,10 @@ def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:
 
 
 def reference_of(config: RunConfig) -> MegatronReference:
-    """The reference; its micro-batches are as large as the PRM's."""
+    """The reference."""
     chunks, shape = loaded(config, "reference")
-    engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
+    tokens = config.batches_of("reference").micro_batch_tokens
+    engine = Engine(chunks, shape, tokens, temperature=1.0)
     return MegatronReference(engine, Guard(config, "reference"))
 
 

@@ -1,4 +1,4 @@
-"""The frozen model in the PRM's log-ratio: the SFT weights, never trained."""
+"""The frozen model in the PRM's log-ratio and the policy's KL: the SFT weights, never trained."""
 
 from __future__ import annotations
 

@@ -148,6 +148,14 @@ def test_a_run_on_outcomes_alone_has_one_model(tmp_path: Path) -> None:
     assert "update_prm" not in {phase.phase for phase in plan.phases}
 
 
+def test_a_tie_to_the_reference_loads_it_without_a_prm(tmp_path: Path) -> None:
+    tied = {"process_weight": 0.0}
+    plan = plan_8b(tmp_path, advantage=tied, policy={"loss": {"kl_coefficient": 0.1}})
+    owners = {name.split(".")[0] for name in plan.ranks[0].kept}
+    assert owners == {"policy", "reference", "engine", "sync"}
+    assert "update_prm" not in {phase.phase for phase in plan.phases}
+
+
 def test_a_critic_is_a_third_trained_model(tmp_path: Path) -> None:
     """As large as the PRM but for the output layer, at work in a phase of its own."""
     plan = plan_8b(tmp_path, True, advantage={"estimator": "gae"})
