@@ -91,7 +91,7 @@ def _loss(model: Model, batch: Batch) -> Loss | None:
     if isinstance(model, FineTuning):
         return loss_of(rollouts.response_mask)
     if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
-        return model.loss_of(batch, MiniBatch.of(rollouts, rows))
+        return model.loss_of(batch, model.part_of(rollouts, rows))
     if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):
         return model.loss_of(batch, rows)
     if isinstance(model, MegatronCritic) and isinstance(batch, ValueBatch):

@@ -45,6 +45,10 @@ class Forward:
     entropy: Tensor  # float32 [b, T], of the distribution that predicted the token; of values 0
     loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
 
+    def select(self, kept: Tensor) -> Forward:
+        """Only the rows that are `kept` (bool [b])."""
+        return Forward(self.rows[kept], self.logprobs[kept], self.entropy[kept])
+
     @property
     def values(self) -> Tensor:
         """What a critic expects before each response token: float32 [b, T]."""

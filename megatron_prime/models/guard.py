@@ -177,6 +177,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
         "response_mask": batch.response_mask,
         "outcome_rewards": batch.outcome_rewards,
         "rollout_logprobs": batch.rollout_logprobs,
+        "truncated": batch.truncated,
     }
 
 

@@ -51,8 +51,10 @@ def test_of_the_outcome_alone(job: Job) -> None:
 
 def test_with_prime_on_four_ranks(job: Job) -> None:
     """TP 2 × PP 2; the critic learns both rewards, and what it said is what is expected of it."""
-    job.start("train", 4, "ppo_prime", *CRITIC, "--run.steps=3", "--evaluate.every=0")
+    knobs = [*CRITIC, "--filter.truncated=mask", "--rollout.max_response_length=15"]
+    job.start("train", 4, "ppo_prime", *knobs, "--run.steps=3", "--evaluate.every=0")
     steps = figures(job, "ppo_prime")
+    assert 0 < max(steps[step]["policy/masked"] for step in (1, 2, 3)) < 1
     assert steps[1]["prm/process_return_abs_max"] > 0
     assert steps[1]["critic/value_mean"] == 0
     for step in (2, 3):
