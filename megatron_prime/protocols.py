@@ -151,6 +151,7 @@ class Recorder(Protocol):
     """Shows and keeps figures."""
 
     def progress(self, note: str, done: int, total: int) -> None: ...  # live, never stored
+    # Of a step before its checkpoint: so a resumed run lacks no step's line.
     def log(self, step: int, metrics: Metrics) -> None: ...
     def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None: ...  # if asked to
 

@@ -123,7 +123,8 @@ class MegatronPolicy:
         """This micro-batch's share of the mini-batch's loss: clipped, less entropy, plus KL."""
         options, rollouts = self.knobs.loss, batch.scored.rollouts
         learns = self._learns(rollouts)[forward.rows.cpu()]
-        forward = forward.select(learns.to(forward.rows.device))
+        if not learns.all():
+            forward = forward.select(learns.to(forward.rows.device))
         if not len(forward.rows):
             return forward.logprobs.sum()  # 0, and so is its gradient
         advantages, mask, of_engine = part.cut(
