@@ -115,7 +115,7 @@ PANELS = (
     Panel(
         "Critic: variance of returns explained",
         "share",
-        (Curve("critic/explained_variance"),),
+        (Curve("critic/explained_variance", "critic"),),
         level=0.0,
         level_label="a constant",
     ),

@@ -175,7 +175,7 @@ def test_truncated_responses_have_no_loss_but_stay_in_the_batch(aggregation: str
         assert logprobs.grad is not None
         assert not logprobs.grad[cut[rows]].any()
         assert logprobs.grad[~cut[rows]].any() == (rows != [4])
-    assert float(torch.stack(shares).sum()) == pytest.approx(-mean * WEIGHT)
+    assert torch.stack(shares).sum().item() == pytest.approx(-mean * WEIGHT)
 
 
 def test_a_mini_batch_of_truncated_responses_alone_has_no_figures() -> None:
