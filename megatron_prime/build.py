@@ -25,10 +25,8 @@ from megatron_prime.data.prompts import PromptStream
 from megatron_prime.data.steps import step_reader
 from megatron_prime.devices import limits_of, models_on
 from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of
-from megatron_prime.models.architecture import ModelShape, transformer_config
-from megatron_prime.models.factory import hf_of
+from megatron_prime.models.architecture import transformer_config
 from megatron_prime.models.precision import Chip, chip_problems
-from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.report.timeline import drawn_timeline
 from megatron_prime.rollout.local_engine import LocalEngine
@@ -45,6 +43,7 @@ from megatron_prime.verify.door import code_limits
 from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
+from megatron_prime.weights.shape import shape_of
 from megatron_prime.weights.source import weights_of
 
 if TYPE_CHECKING:
@@ -58,12 +57,10 @@ def train(config: RunConfig, launch: Launch) -> None:
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
-        policy, prm, reference = models_on(gpus, config)
-        engines = {"policy": policy.engine}
-        if isinstance(prm, MegatronPrm):  # a frozen one is not saved: it is as prm.hf has it
-            engines["prm"] = prm.engine
+        models = models_on(gpus, config)
+        policy = models.policy
         stream = prompt_stream(config, tokenizer)
-        checkpoints = RunCheckpoints(engines, policy, stream, config)
+        checkpoints = RunCheckpoints(models.saved, policy, stream, config)
         state = checkpoints.resume(gpus.visit) or LoopState()
         engine, checker = rollout_roles(
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
@@ -89,8 +86,9 @@ def train(config: RunConfig, launch: Launch) -> None:
             verifier=checker,
             ranks=ranks,
             policy=policy,
-            prm=prm,
-            reference=reference,
+            prm=models.prm,
+            reference=models.reference,
+            critic=models.critic,
             gpus=gpus,
             recorder=recorder,
             checkpoints=checkpoints,
@@ -157,8 +155,7 @@ def training_session(
     if unable := [line for name in formats for line in chip_problems(name, formats[name], chip)]:
         raise ConfigError("\n".join(unable))
     for name, precision in formats.items():
-        shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
-        transformer_config(shape, precision, config.megatron)
+        transformer_config(shape_of(config, name), precision, config.megatron)
     with session(config, launch, config.parallel, name) as ranks:
         yield ranks
 

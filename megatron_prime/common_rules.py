@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_prime import precision_rules
-from megatron_prime.config import BatchSection, ModelName, OptimizerSection, RunConfig
+from megatron_prime.config import BatchSection, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
+from megatron_prime.options import OptimizerSection
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 CP, VPP = "context_parallel_size", "virtual_pipeline_model_parallel_size"

@@ -20,6 +20,8 @@ from pydantic import Field, model_validator
 from megatron_prime.errors import RunError
 from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
 from megatron_prime.options import AdvantageOptions as AdvantageOptions
+from megatron_prime.options import BatchSection as BatchSection
+from megatron_prime.options import CriticSection as CriticSection
 from megatron_prime.options import (
     EvaluateSection,
     FilePath,
@@ -33,11 +35,9 @@ from megatron_prime.options import (
 from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
 from megatron_prime.options import Section as Section
 from megatron_prime.options import VerifySection as VerifySection
-from megatron_prime.stage_options import BatchSection as BatchSection
-from megatron_prime.stage_options import OptimizerSection as OptimizerSection
 from megatron_prime.stage_options import ScoreSection, SftSection, TrainPrmSection
 
-ModelName = Literal["policy", "prm", "reference"]
+ModelName = Literal["policy", "prm", "reference", "critic"]
 PrmLoss = Literal["ce", "ce_hard", "dpo", "nca", "kto"]
 
 
@@ -78,7 +78,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The model that policy, PRM and reference start from."""
+    """The model that policy, PRM, reference and critic start from."""
 
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
@@ -133,6 +133,8 @@ class PrecisionSection(Section):
     """Of the PRM."""
     reference: PrecisionOptions = PrecisionOptions()
     """Of the reference."""
+    critic: PrecisionOptions = PrecisionOptions()
+    """Of the critic; its value head gives fp32 in any case."""
 
     def of(self, model: ModelName) -> PrecisionOptions:
         """The table of one model."""
@@ -164,8 +166,11 @@ class FilterSection(Section):
     zero_variance: Literal["keep", "drop"] = "keep"
     """Prompts whose responses all earned the same: of right and wrong answers the window's ends
     drop them, but not of partly right ones."""
-    truncated: Literal["keep", "drop"] = "keep"
-    """Prompts with a response that was cut at `rollout.max_response_length`."""
+    truncated: Literal["keep", "drop", "mask"] = "keep"
+    """Prompts with a response that was cut at `rollout.max_response_length`. `mask` keeps them but
+    gives the cut responses no policy loss (overlong filtering): they stay in their group's
+    baseline, and PRM and critic learn from them, but the policy is not told off for what may have
+    been right had it been allowed to end."""
 
 
 class PolicySection(BatchSection):
@@ -245,6 +250,8 @@ class DeadlineSection(Section):
     """Of scoring."""
     update_prm_s: PositiveFloat = 3600.0
     """Of the PRM's update."""
+    update_critic_s: PositiveFloat = 3600.0
+    """Of the critic's forward and update."""
     update_policy_s: PositiveFloat = 3600.0
     """Of the policy's update."""
     sync_weights_s: PositiveFloat = 3600.0
@@ -269,6 +276,11 @@ class DebugSection(Section):
     generate and evaluate nothing."""
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """True on every `every`-th step (0: on none of them) and on the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -283,6 +295,7 @@ class RunConfig(Section):
     verify: VerifySection = VerifySection()
     policy: PolicySection = PolicySection()
     prm: PrmSection = PrmSection()
+    critic: CriticSection = CriticSection()
     advantage: AdvantageOptions = AdvantageOptions()
     sft: SftSection = SftSection()
     train_prm: TrainPrmSection = TrainPrmSection()
@@ -316,6 +329,10 @@ class RunConfig(Section):
             vpp=1 if virtual is None else virtual,
         )
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something is due on every `every`-th step, or on the run's last."""
+        return due(step, every, self.run.steps)
+
     def sampling_seed(self, step: int, round_: int) -> int:
         """The seed of one generation round: a random stream of its own."""
         return (self.run.seed * 1_000_000 + step) * 1_000 + round_
@@ -333,9 +350,27 @@ class RunConfig(Section):
     @property
     def models(self) -> tuple[ModelName, ...]:
         """The models of a run."""
-        if not self.uses_prm:
-            return ("policy",)
-        return ("policy", "prm") if self.policy_is_reference else ("policy", "prm", "reference")
+        found: list[ModelName] = ["policy"]
+        if self.uses_prm:
+            found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
+        elif self.policy.loss.kl_coefficient:
+            found += ["reference"]
+        return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
+
+    def own_hf(self, name: str) -> Path | None:
+        """The checkpoint that a model starts from, if it is not that of all."""
+        return {"prm": self.prm.hf, "critic": self.critic.hf}.get(name)
+
+    def hf_of(self, name: ModelName) -> Path:
+        """The checkpoint that a model starts from."""
+        return self.own_hf(name) or self.model.hf
+
+    def batches_of(self, name: ModelName) -> BatchSection:
+        """How a model's batches are cut; the reference's as the PRM's, or as the policy's."""
+        own: dict[str, BatchSection] = {"prm": self.prm, "critic": self.critic}
+        if name == "reference" and self.uses_prm:
+            return self.prm
+        return own.get(name, self.policy)
 
     @property
     def frozen(self) -> frozenset[ModelName]:

@@ -1,4 +1,4 @@
-"""Tables of the stages around reinforcement learning, and what all that trains has in common.
+"""Tables of the stages around reinforcement learning.
 
 `config.py` puts them beside the others and is where others import from. No torch, no Megatron.
 """
@@ -10,43 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_prime.options import (
-    Beta,
+    BatchSection,
     FilePath,
-    NonNegative,
-    NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
 )
-
-
-class OptimizerSection(Section):
-    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Adam's epsilon."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-    clip_grad: PositiveFloat = 1.0
-    """Largest global gradient norm."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-
-
-class BatchSection(OptimizerSection):
-    """How one step's rollouts are cut up for an update."""
-
-    mini_batch_size: Positive = 256
-    """Rollouts per optimizer step."""
-    micro_batch_tokens: Positive = 8192
-    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
-    FP8, sequence parallelism or a pipeline wants comes on top."""
 
 
 class SftSection(BatchSection):

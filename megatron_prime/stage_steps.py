@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_prime.config import due
 from megatron_prime.errors import Interrupted
-from megatron_prime.loop import due
 from megatron_prime.protocols import Checkpoints, Recorder, StopSignals
 from megatron_prime.types import LoopState, Metrics
 

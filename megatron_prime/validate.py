@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_prime import (
     algorithm_rules,
+    critic_rules,
     evaluate_rules,
     precision_rules,
     prm_rules,
@@ -76,8 +77,7 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     roles = models_of(config, "train")
-    of_prm_alone: tuple[ModelName, ...] = ("prm",) if config.prm.hf is not None else ()
-    shared = [role for role in roles if role not in of_prm_alone]
+    shared = [role for role in roles if config.own_hf(role) is None]
     yield from check_model(config, "model.hf", config.model.hf, _longest(config), shared)
     yield from check_file("data.train", config.data.train)
     in_fp8 = [role for role in roles if config.precision.of(role).fp8_param]
@@ -91,18 +91,18 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from evaluate_rules.problems(config, check_model)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
     yield from algorithm_rules.problems(config)
+    yield from critic_rules.problems(config)
     yield from rollout_rules.problems(config)
     if config.debug.rollouts_from is None:
         yield from _engine(config, world_size)
-    yield from check_schedule("policy", config.policy, config.run.steps, "run.steps")
-    yield from _batches(config, "policy", config.policy, world_size)
-    if config.uses_prm:
-        yield from prm_rules.problems(config)
-        if "prm" not in config.frozen:
-            yield from check_schedule("prm", config.prm, config.run.steps, "run.steps")
-        yield from _batches(config, "prm", config.prm, world_size)
-        if config.prm.hf is not None:
-            yield from check_model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
+    yield from prm_rules.problems(config)
+    for role in roles:
+        if role not in config.frozen:
+            yield from check_schedule(role, config.batches_of(role), config.run.steps, "run.steps")
+        if role != "reference":
+            yield from _batches(config, role, config.batches_of(role), world_size)
+        if (hf := config.own_hf(role)) is not None:
+            yield from check_model(config, f"{role}.hf", hf, _longest(config), (role,))
 
 
 def _start(config: RunConfig) -> Iterator[str]:

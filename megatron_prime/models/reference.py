@@ -1,4 +1,4 @@
-"""The frozen model in the PRM's log-ratio: the SFT weights, never trained.
+"""The frozen model in the PRM's log-ratio and the policy's KL: the SFT weights, never trained.
 
 What it says of a sequence never changes. Where the sequences are known beforehand, as in the
 offline training of a PRM, it may speak once and go: `RememberedReference` has its log-probs.

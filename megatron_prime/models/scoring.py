@@ -18,14 +18,14 @@ from torch import Tensor
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import ModelName, RunConfig
 from megatron_prime.errors import NotFinite
-from megatron_prime.models.architecture import ModelShape, build_model
+from megatron_prime.models.architecture import build_model
 from megatron_prime.models.engine import Engine
-from megatron_prime.models.factory import hf_of
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.types import TokenSequence
 from megatron_prime.weights.directories import hf_of as of_run
 from megatron_prime.weights.directories import kind_of, weights_in
 from megatron_prime.weights.load import load_hf
+from megatron_prime.weights.shape import shape_of
 
 
 def frozen(config: RunConfig, name: ModelName, weights: Path) -> Engine:
@@ -34,7 +34,7 @@ def frozen(config: RunConfig, name: ModelName, weights: Path) -> Engine:
     A checkpoint of a run is read by any layout; its optimizer is not looked at. Its shape is that
     of the Hugging Face directory which the configuration names for the model.
     """
-    shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
+    shape = shape_of(config, name)
     chunks = build_model(shape, config.precision.of(name), config.megatron)
     engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
     if kind_of(weights) == "huggingface":

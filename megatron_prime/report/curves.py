@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#8A8A8A"
+SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A"
 COLUMNS = 3
 FEW_POINTS = 30  # as many get a marker each; more get a trend
 TREND_STEPS = 10
@@ -126,6 +126,13 @@ PANELS = (
     Panel(
         "PRM: policy updates since it learnt", "updates", (Curve("prm/staleness"),), from_zero=True
     ),
+    Panel(
+        "Critic: variance of returns explained",
+        "share",
+        (Curve("critic/explained_variance", "critic"),),
+        level=0.0,
+        level_label="a constant",
+    ),
     Panel("Clipped tokens", "share of tokens", (Curve("policy/clip_fraction"),), from_zero=True),
     Panel("Policy moved by the update", "approx. KL, nats per token", (Curve("policy/approx_kl"),)),
     Panel("Policy entropy", "nats per token", (Curve("policy/entropy"),)),
@@ -152,6 +159,7 @@ PHASES = (
     Curve("time/generate_s", "generate", SKY),
     Curve("time/score_s", "score", BLUE),
     Curve("time/update_prm_s", "update PRM", GREEN),
+    Curve("time/update_critic_s", "update critic", YELLOW),
     Curve("time/update_policy_s", "update policy", ORANGE),
     Curve("time/sync_weights_s", "sync weights", VERMILLION),
     Curve("time/evaluate_s", "evaluate", PURPLE),

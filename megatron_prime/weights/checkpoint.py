@@ -1,10 +1,10 @@
 """Everything that a run is, saved so that it is there whole or not at all.
 
     checkpoints/step_000016/
-        policy/  prm/        Megatron distributed checkpoints: weights, optimizer, schedule
-        rng/rank_00003.pt    random states of each rank
-        run.json             step, policy version, data cursor, surplus groups
-        manifest.json        size and checksum of all these files (see manifest.py); written last
+        policy/  prm/  critic/   Megatron distributed checkpoints: weights, optimizer, schedule
+        rng/rank_00003.pt        random states of each rank
+        run.json                 step, policy version, data cursor, surplus groups
+        manifest.json            size and checksum of all these files; written last
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a directory
 called `step_…` is always complete; only what happens to it later can harm it, and the manifest

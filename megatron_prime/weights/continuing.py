@@ -23,6 +23,7 @@ FREE = (
     "rollout.mismatch_alarm",
     "policy.micro_batch_tokens",
     "prm.micro_batch_tokens",
+    "critic.micro_batch_tokens",
     "verify.",
     "evaluate.",
     "checkpoint.",
@@ -71,7 +72,7 @@ def changed_knobs(command: str, began_with: dict[str, Any], config: RunConfig) -
     defaults = RunConfig.model_validate(must).model_dump(mode="json")
     before = flatten(defaults) | flatten(began_with)  # a knob of later was at its default
     schedules = {
-        "train": (config.policy.schedule, config.prm.schedule),
+        "train": (config.policy.schedule, config.prm.schedule, config.critic.schedule),
         "sft": (config.sft.schedule,),
         "train_prm": (config.prm.schedule,),
     }
