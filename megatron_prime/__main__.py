@@ -28,12 +28,15 @@ NO_GPUS = ("", "-1", "NoDevFiles")  # in them
 COMMANDS = {
     "preflight": "look whether the nodes can run RUN.toml: a table, and what is wrong, within 60 s",
     "train": "train the policy with PRIME; the same command again continues an interrupted run",
-    "sft": "supervised fine-tuning, the stage before PRIME",
+    "sft": "supervised fine-tuning, the stage before PRIME; continues as train does",
+    "train_prm": "train the PRM on labelled responses, without a policy; continues as train does",
+    "score": "rewards of each token and step of score.input by a trained PRM, as jsonl",
     "evaluate": "accuracy of model.hf, or evaluate.policy, on evaluate.sets, or on data.eval",
     "rollout": "sample and verify for run.steps steps, train nothing, write rollouts/",
     "replay": "run a batch that gave a NaN or infinity again (RUN.toml: its not_finite/… folder)",
     "config": "print the resolved configuration with each knob's sentence",
 }
+SAVING = ("train", "sft", "train_prm")  # commands with checkpoints
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +134,7 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
     take_forks_along()
     try:
         launch = Launch(
-            here, config.run.lost_after_s, config.run.timeout_s, saves=command == "train"
+            here, config.run.lost_after_s, config.run.timeout_s, saves=command in SAVING
         )
     except RanksDontMeet as error:
         print(f"[rank {here.rank}] {error}", file=sys.stderr)
@@ -148,6 +151,14 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
             from megatron_prime.evaluate import evaluate
 
             evaluate(config, launch)
+        elif command == "score":
+            from megatron_prime.score import score
+
+            score(config, launch)
+        elif command in ("sft", "train_prm"):
+            from megatron_prime import stages
+
+            getattr(stages, command)(config, launch)
         else:
             from megatron_prime import build
 

@@ -100,11 +100,6 @@ def _policy_loss(config: RunConfig) -> Iterator[str]:
         )
     if not loss.kl_coefficient:
         return
-    if not config.uses_prm:
-        yield (
-            f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with "
-            "advantage.process_weight = 0: the reference is loaded for the PRM alone; set it to 0"
-        )
     if config.uses_prm and config.prm.reference == "policy":
         yield (
             f"policy.loss.kl_coefficient: found {loss.kl_coefficient:g} with prm.reference = "

@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from torch.distributed.distributed_c10d import PrefixStore
 
 from megatron_prime import evaluation, loop
-from megatron_prime import sft as sft_stage
 from megatron_prime.config import (
     ConfigError,
     ParallelSizes,
@@ -23,15 +22,12 @@ from megatron_prime.config import (
 )
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.data.prompts import PromptStream
-from megatron_prime.data.sft_data import load_conversations
 from megatron_prime.data.steps import step_reader
 from megatron_prime.devices import limits_of, models_on, tell
-from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of, report_dropped
-from megatron_prime.models.architecture import ModelShape, transformer_config
-from megatron_prime.models.factory import hf_of, sft_engine
+from megatron_prime.inputs import eval_prompts, eval_sets, prompt_stream, prompts_of
+from megatron_prime.models.architecture import transformer_config
 from megatron_prime.models.kernels import kernels_line
 from megatron_prime.models.precision import Chip, chip_problems
-from megatron_prime.models.prm import MegatronPrm
 from megatron_prime.protocols import Phase, Roles, RolloutEngine, Verifier
 from megatron_prime.report.timeline import drawn_timeline
 from megatron_prime.rollout.local_engine import LocalEngine
@@ -48,6 +44,7 @@ from megatron_prime.verify.door import code_limits
 from megatron_prime.verify.pool import VerifierPool
 from megatron_prime.weights.checkpoint import RunCheckpoints
 from megatron_prime.weights.export import export_hf
+from megatron_prime.weights.shape import shape_of
 from megatron_prime.weights.source import weights_of
 
 if TYPE_CHECKING:
@@ -61,12 +58,10 @@ def train(config: RunConfig, launch: Launch) -> None:
         tokenizer = load_tokenizer(config.model.hf)
         verifier = stack.enter_context(verifier_pool(config, ranks))
         gpus = PhaseScheduler(limits, ranks.device)
-        policy, prm, reference = models_on(gpus, config)
-        engines = {"policy": policy.engine}
-        if isinstance(prm, MegatronPrm):  # a frozen one is not saved: it is as prm.hf has it
-            engines["prm"] = prm.engine
+        models = models_on(gpus, config)
+        policy = models.policy
         stream = prompt_stream(config, tokenizer)
-        checkpoints = RunCheckpoints(engines, policy, stream, config)
+        checkpoints = RunCheckpoints(models.saved, policy, stream, config)
         state = checkpoints.resume(gpus.visit) or LoopState()
         engine, checker = rollout_roles(
             config, launch, tokenizer, ranks, stream, verifier, gpus, stack
@@ -92,8 +87,9 @@ def train(config: RunConfig, launch: Launch) -> None:
             verifier=checker,
             ranks=ranks,
             policy=policy,
-            prm=prm,
-            reference=reference,
+            prm=models.prm,
+            reference=models.reference,
+            critic=models.critic,
             gpus=gpus,
             recorder=recorder,
             checkpoints=checkpoints,
@@ -114,27 +110,6 @@ def train(config: RunConfig, launch: Launch) -> None:
             curves = config.run.folder / "curves.png"
             draw_curves(config.run.folder / "metrics.jsonl", curves, str(config.run.folder))
             recorder.summary(curves, exported)
-
-
-def sft(config: RunConfig, launch: Launch) -> None:
-    """Supervised fine-tuning from `model.hf`; writes a Hugging Face checkpoint."""
-    with training_session(config, launch, "sft") as ranks:
-        note_start(config, config.run.folder, ranks)
-        assert config.sft.data is not None, "validate.check refuses an sft run without sft.data"
-        tokenizer = load_tokenizer(config.model.hf)
-        conversations = load_conversations(config.sft.data, tokenizer, config.sft.max_length)
-        kept, dropped = len(conversations.examples), conversations.dropped_long
-        report_dropped(config.sft.data, kept, dropped, "sft.max_length")
-        engine = sft_engine(config)
-        with (
-            RunRecorder(config.run.folder, config.sft.steps, ranks.rank) as recorder,
-            launch.steps(agree=None),
-        ):
-            sft_stage.run(config, engine, conversations.examples, recorder)
-        output = config.sft.output or config.run.folder / "hf"
-        export_hf(engine.modules, engine.shape, config.model.hf, output)
-        if ranks.rank == 0:
-            print(f"fine-tuned model: {output}")
 
 
 def rollout(config: RunConfig, launch: Launch) -> None:
@@ -181,10 +156,9 @@ def training_session(
     if unable := [line for name in formats for line in chip_problems(name, formats[name], chip)]:
         raise ConfigError("\n".join(unable))
     for name, precision in formats.items():
-        shape = ModelShape.from_hf(hf_of(config, name), config.parallel.tp)
-        transformer_config(shape, precision, config.megatron)
+        transformer_config(shape_of(config, name), precision, config.megatron)
     with session(config, launch, config.parallel, name) as ranks:
-        if command in ("train", "sft"):  # the others' time does not hang on it
+        if command.startswith(("train", "sft")):  # the others' time does not hang on it
             tell(ranks, kernels_line(config.megatron))
         yield ranks
 

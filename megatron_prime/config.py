@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_prime.errors import RunError
 from megatron_prime.options import ADVANTAGE_PRESETS as ADVANTAGE_PRESETS
 from megatron_prime.options import AdvantageOptions as AdvantageOptions
+from megatron_prime.options import BatchSection as BatchSection
+from megatron_prime.options import CriticSection as CriticSection
 from megatron_prime.options import (
-    Beta,
     EvaluateSection,
     FilePath,
     Fraction,
@@ -34,8 +35,9 @@ from megatron_prime.options import (
 from megatron_prime.options import PolicyLossOptions as PolicyLossOptions
 from megatron_prime.options import Section as Section
 from megatron_prime.options import VerifySection as VerifySection
+from megatron_prime.stage_options import ScoreSection, SftSection, TrainPrmSection
 
-ModelName = Literal["policy", "prm", "reference"]
+ModelName = Literal["policy", "prm", "reference", "critic"]
 PrmLoss = Literal["ce", "ce_hard", "dpo", "nca", "kto"]
 
 
@@ -76,7 +78,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The model that policy, PRM and reference start from."""
+    """The model that policy, PRM, reference and critic start from."""
 
     hf: FilePath
     """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
@@ -131,6 +133,8 @@ class PrecisionSection(Section):
     """Of the PRM."""
     reference: PrecisionOptions = PrecisionOptions()
     """Of the reference."""
+    critic: PrecisionOptions = PrecisionOptions()
+    """Of the critic; its value head gives fp32 in any case."""
 
     def of(self, model: ModelName) -> PrecisionOptions:
         """The table of one model."""
@@ -162,37 +166,11 @@ class FilterSection(Section):
     zero_variance: Literal["keep", "drop"] = "keep"
     """Prompts whose responses all earned the same: of right and wrong answers the window's ends
     drop them, but not of partly right ones."""
-    truncated: Literal["keep", "drop"] = "keep"
-    """Prompts with a response that was cut at `rollout.max_response_length`."""
-
-
-class OptimizerSection(Section):
-    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Adam's epsilon."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
-    clip_grad: PositiveFloat = 1.0
-    """Largest global gradient norm."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-
-
-class BatchSection(OptimizerSection):
-    """How one step's rollouts are cut up for an update."""
-
-    mini_batch_size: Positive = 256
-    """Rollouts per optimizer step."""
-    micro_batch_tokens: Positive = 8192
-    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
-    FP8, sequence parallelism or a pipeline wants comes on top."""
+    truncated: Literal["keep", "drop", "mask"] = "keep"
+    """Prompts with a response that was cut at `rollout.max_response_length`. `mask` keeps them but
+    gives the cut responses no policy loss (overlong filtering): they stay in their group's
+    baseline, and PRM and critic learn from them, but the policy is not told off for what may have
+    been right had it been allowed to end."""
 
 
 class PolicySection(BatchSection):
@@ -238,27 +216,6 @@ class PrmSection(BatchSection):
     with `forward = "double"`, which shows it in any case."""
 
 
-class SftSection(BatchSection):
-    """Supervised fine-tuning (`python -m megatron_prime sft`)."""
-
-    data: FilePath | None = None
-    """Chat jsonl ({"messages": [...]}); the loss is on assistant tokens only."""
-    output: FilePath | None = None
-    """Hugging Face checkpoint directory to write; none writes `hf` in the run folder."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """Start from the weights of `model.hf`, or from random ones of its shape."""
-    steps: Positive = 1000
-    """Optimizer steps."""
-    lr: PositiveFloat = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """What follows the warm-up; `cosine` ends at 0 with the last step."""
-    mini_batch_size: Positive = 96
-    """Conversations per optimizer step."""
-    max_length: Positive = 4096
-    """Longer conversations are counted and dropped."""
-
-
 class CheckpointSection(Section):
     """Saving and resuming."""
 
@@ -293,6 +250,8 @@ class DeadlineSection(Section):
     """Of scoring."""
     update_prm_s: PositiveFloat = 3600.0
     """Of the PRM's update."""
+    update_critic_s: PositiveFloat = 3600.0
+    """Of the critic's forward and update."""
     update_policy_s: PositiveFloat = 3600.0
     """Of the policy's update."""
     sync_weights_s: PositiveFloat = 3600.0
@@ -317,6 +276,11 @@ class DebugSection(Section):
     generate and evaluate nothing."""
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """True on every `every`-th step (0: on none of them) and on the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -331,8 +295,11 @@ class RunConfig(Section):
     verify: VerifySection = VerifySection()
     policy: PolicySection = PolicySection()
     prm: PrmSection = PrmSection()
+    critic: CriticSection = CriticSection()
     advantage: AdvantageOptions = AdvantageOptions()
     sft: SftSection = SftSection()
+    train_prm: TrainPrmSection = TrainPrmSection()
+    score: ScoreSection = ScoreSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     memory: MemorySection = MemorySection()
@@ -362,6 +329,10 @@ class RunConfig(Section):
             vpp=1 if virtual is None else virtual,
         )
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something is due on every `every`-th step, or on the run's last."""
+        return due(step, every, self.run.steps)
+
     def sampling_seed(self, step: int, round_: int) -> int:
         """The seed of one generation round: a random stream of its own."""
         return (self.run.seed * 1_000_000 + step) * 1_000 + round_
@@ -379,9 +350,27 @@ class RunConfig(Section):
     @property
     def models(self) -> tuple[ModelName, ...]:
         """The models of a run."""
-        if not self.uses_prm:
-            return ("policy",)
-        return ("policy", "prm") if self.policy_is_reference else ("policy", "prm", "reference")
+        found: list[ModelName] = ["policy"]
+        if self.uses_prm:
+            found += ["prm"] if self.policy_is_reference else ["prm", "reference"]
+        elif self.policy.loss.kl_coefficient:
+            found += ["reference"]
+        return (*found, *(("critic",) if self.advantage.estimator == "gae" else ()))
+
+    def own_hf(self, name: str) -> Path | None:
+        """The checkpoint that a model starts from, if it is not that of all."""
+        return {"prm": self.prm.hf, "critic": self.critic.hf}.get(name)
+
+    def hf_of(self, name: ModelName) -> Path:
+        """The checkpoint that a model starts from."""
+        return self.own_hf(name) or self.model.hf
+
+    def batches_of(self, name: ModelName) -> BatchSection:
+        """How a model's batches are cut; the reference's as the PRM's, or as the policy's."""
+        own: dict[str, BatchSection] = {"prm": self.prm, "critic": self.critic}
+        if name == "reference" and self.uses_prm:
+            return self.prm
+        return own.get(name, self.policy)
 
     @property
     def frozen(self) -> frozenset[ModelName]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.config import ConfigError, ModelName, RunConfig
 from megatron_prime.models.buffers import buffers_of
-from megatron_prime.models.engine import Engine
-from megatron_prime.models.factory import policy_of, prm_of, reference_of
+from megatron_prime.models.critic import MegatronCritic
+from megatron_prime.models.factory import critic_of, policy_of, prm_of, reference_of
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
+from megatron_prime.models.training import TrainableEngine
 from megatron_prime.planner.door import check_fits, check_host, machine_of
 from megatron_prime.planner.memory import GIB, make_plan
 from megatron_prime.planner.residency import NEEDED, RESIDENT, Table
@@ -22,32 +24,49 @@ from megatron_prime.runtime.host_memory import host_bytes
 from megatron_prime.runtime.ledger import Limits
 from megatron_prime.runtime.scheduler import PhaseScheduler
 
+_Model = TypeVar(
+    "_Model", MegatronPolicy, MegatronPrm | FrozenPrm, MegatronReference, MegatronCritic
+)
 
-def models_on(
-    gpus: PhaseScheduler, config: RunConfig
-) -> tuple[MegatronPolicy, MegatronPrm | FrozenPrm | None, MegatronReference | None]:
-    """Policy, PRM and reference, built one after the other; each is put away before the next.
+
+class Models(NamedTuple):
+    """Those that a run has; None: it does without."""
+
+    policy: MegatronPolicy
+    prm: MegatronPrm | FrozenPrm | None
+    reference: MegatronReference | None
+    critic: MegatronCritic | None
+
+    @property
+    def saved(self) -> dict[str, TrainableEngine]:
+        """What a checkpoint keeps, by name; a frozen PRM is as `prm.hf` has it."""
+        trained = {"policy": self.policy, "prm": self.prm, "critic": self.critic}
+        return {
+            name: model.engine
+            for name, model in trained.items()
+            if model is not None and isinstance(model.engine, TrainableEngine)
+        }
+
+
+def models_on(gpus: PhaseScheduler, config: RunConfig) -> Models:
+    """All models, built one after the other; each is put away before the next.
 
     So loading needs no more of the device than an update does.
     """
+
+    def made(name: ModelName, make: Callable[[RunConfig], _Model]) -> _Model | None:
+        if name not in config.models:
+            return None
+        model = make(config)
+        gpus.add(buffers_of(name, model.engine))
+        gpus.make_room()
+        return model
+
     with gpus.starting():
-        policy = policy_of(config)
-        put_away(gpus, "policy", policy.engine)
-        if not config.uses_prm:
-            return policy, None, None
-        prm = prm_of(config)
-        put_away(gpus, "prm", prm.engine)
-        if "reference" not in config.models:
-            return policy, prm, None
-        reference = reference_of(config)
-        put_away(gpus, "reference", reference.engine)
-    return policy, prm, reference
-
-
-def put_away(gpus: PhaseScheduler, name: str, engine: Engine) -> None:
-    """Give a model that was just built to the scheduler."""
-    gpus.add(buffers_of(name, engine))
-    gpus.make_room()
+        policy = made("policy", policy_of)
+        assert policy is not None, "every run has a policy"
+        prm, reference = made("prm", prm_of), made("reference", reference_of)
+        return Models(policy, prm, reference, made("critic", critic_of))
 
 
 def limits_of(config: RunConfig, ranks: WorldRanks, local_ranks: int) -> Limits:

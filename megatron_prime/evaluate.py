@@ -11,26 +11,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_prime import build, evaluation, figures
 from megatron_prime.benchmarks.prm_scores import prm_scores
-from megatron_prime.benchmarks.records import Scored, Scores, write_whole
+from megatron_prime.benchmarks.records import PrmScores, Scored, Scores
 from megatron_prime.benchmarks.summary import Result, as_json, as_markdown, result_of
 from megatron_prime.benchmarks.tasks import Task, identity, record_of, tasks_of
 from megatron_prime.config import ParallelSizes, RunConfig
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.inputs import eval_prompts, eval_sets
-from megatron_prime.models.engine import Engine
-from megatron_prime.models.scoring import frozen, logprobs_of
+from megatron_prime.models.scoring import PrmScorer, scoring_config
 from megatron_prime.protocols import RolloutEngine, Verifier, WeightSource
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.runtime.launch import Launch
+from megatron_prime.runtime.line_files import write_whole
 from megatron_prime.types import Prompt, TokenSequence, VerifiedGroup
-from megatron_prime.weights.directories import hf_of
 from megatron_prime.weights.source import weights_of
 
 
@@ -93,7 +89,8 @@ def rank_samples(config: RunConfig, launch: Launch, tasks: Sequence[Task]) -> No
     """Score the samples with the PRM, what is not scored yet."""
     prm, knobs = config.evaluate.prm, config.evaluate
     assert prm is not None, "asked for with a PRM alone"
-    config, reference = scoring_config(config, prm)
+    config = scoring_config(config, prm, knobs.reference)
+    reference = config.model.hf
     options: dict[str, Any] = {"prm": str(prm), "prm_weights": identity(prm)}
     options |= {"reference": str(reference), "reference_weights": identity(reference)}
     options |= {"beta": config.prm.beta, "dtype": config.precision.prm.dtype}
@@ -103,32 +100,17 @@ def rank_samples(config: RunConfig, launch: Launch, tasks: Sequence[Task]) -> No
         left = ranks.share([score is not None and not score.complete for score in scores])
         if not any(left):
             return
-        engines = frozen(config, "prm", prm), frozen(config, "reference", reference)
+        scorer = PrmScorer.load(config, prm)
         with launch.steps(agree=None):
             for task, score, wanted in zip(tasks, scores, left, strict=True):
                 if wanted:
-                    score_task(task, score, engines, config, ranks)
-
-
-def scoring_config(config: RunConfig, prm: Path) -> tuple[RunConfig, Path]:
-    """The configuration whose `model.hf` is the reference's and whose `prm.hf` has the PRM's shape;
-    and the reference."""
-    is_run = (prm / "run.json").exists()
-    reference = config.evaluate.reference
-    if reference is None:
-        reference = hf_of(prm / "run.json", "reference")
-    shape = hf_of(prm / "run.json", "prm") if is_run else prm
-    changed = {
-        "model": config.model.model_copy(update={"hf": reference}),
-        "prm": config.prm.model_copy(update={"hf": shape}),
-    }
-    return config.model_copy(update=changed), reference
+                    score_task(task, score, scorer, config, ranks)
 
 
 def score_task(
     task: Task,
     scores: Scores | None,
-    engines: tuple[Engine, Engine],
+    scorer: PrmScorer,
     config: RunConfig,
     ranks: WorldRanks,
 ) -> None:
@@ -139,7 +121,7 @@ def score_task(
         mine = task.records.found[start : start + chunk] if task.records else []
         responses = ranks.share([[r.token_ids for r in record.responses] for record in mine])
         part = prompts[start : start + chunk]
-        found = iter(scores_of(part, responses, engines, config.prm.beta))
+        found = iter(scores_of(part, responses, scorer))
         if scores is not None:
             scores.append(
                 [Scored(record.id, tuple(next(found) for _ in record.responses)) for record in mine]
@@ -153,19 +135,15 @@ def score_task(
 def scores_of(
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[tuple[int, ...]]],
-    engines: tuple[Engine, Engine],
-    beta: float,
-) -> list[Any]:
+    scorer: PrmScorer,
+) -> list[PrmScores]:
     """PRM scores of all responses, one prompt's after the other's; collective."""
     sequences = [
         TokenSequence(prompt.token_ids + ids, len(prompt.token_ids))
         for prompt, group in zip(prompts, responses, strict=True)
         for ids in group
     ]
-    prm, ref = (logprobs_of(engine, sequences) for engine in engines)
-    lengths = torch.tensor([sequence.response_length for sequence in sequences])
-    mask = torch.arange(prm.shape[1]) < lengths[:, None]
-    return prm_scores(prm, ref[:, : prm.shape[1]], mask, beta)
+    return prm_scores(*scorer.rewards(sequences))
 
 
 def summarize(config: RunConfig, tasks: Sequence[Task]) -> None:

@@ -65,7 +65,7 @@ def command_problems(config: RunConfig, check_model: CheckModel) -> Iterator[str
         )
 
 
-def unnamed_reference(prm: Path) -> str:
+def unnamed_reference(prm: Path, table: str = "evaluate") -> str:
     """Why a PRM's directory doesn't say what its log-ratio is to; nothing if it does: then it is
     the `model.hf` that its run started from."""
     path = prm / "run.json"
@@ -75,7 +75,8 @@ def unnamed_reference(prm: Path) -> str:
             "PRM was started from"
         )
     try:
-        made_with = json.loads(path.read_text())["config"].get("prm", {})
+        config = json.loads(path.read_text())["config"]
+        made_with, weights = config.get("prm", {}), config.get("model", {}).get("weights")
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path} is damaged; bring it back from a copy, or set it"
     if made_with.get("reference") == "policy":
@@ -84,10 +85,15 @@ def unnamed_reference(prm: Path) -> str:
             "changed at every step, not to the run's model.hf; set it to the policy of that step "
             "as a Hugging Face checkpoint"
         )
+    if weights is not None:
+        return (
+            f"{prm} is of a run that started from model.weights = {weights}; set it to these as a "
+            "Hugging Face checkpoint (tools/convert_megatron_to_hf.py)"
+        )
     if made_with.get("forward") == "frozen":
         return (
             f'{prm} is of a run with prm.forward = "frozen": its PRM came from elsewhere, and so '
-            "did what it was trained against; set it to that, and evaluate.prm to the run's prm.hf"
+            f"did what it was trained against; set it to that, and {table}.prm to the run's prm.hf"
         )
     return ""
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from megatron_prime.algorithm import metrics
 from megatron_prime.algorithm.filtering import why_not
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.algorithm.masked import masked_sum
 from megatron_prime.algorithm.prm_health import prm_health
+from megatron_prime.algorithm.prm_loss import sequence_loss
 from megatron_prime.config import PrmSection, RunConfig
 from megatron_prime.types import (
     Metrics,
@@ -54,6 +56,16 @@ def of_prm(
     And the PRM's health before it, when these outcomes had not taught it yet; `version` is the
     policy's.
     """
+    taught = {"frozen": version, "double": 0}  # the others learnt from the step before
+    staleness = {"prm/staleness": taught.get(knobs.forward, min(1, version))}
+    return of_prm_rewards(knobs.beta, scored, before, after) | staleness
+
+
+def of_prm_rewards(
+    beta: float, scored: ScoredBatch, before: Tensor, after: Tensor | None = None
+) -> Metrics:
+    """Order and health of rewards that log-probs [N, T] of before an update give, and the order
+    after it."""
     rollouts = scored.rollouts
     assert scored.ref_logprobs is not None, "the PRM's rewards need reference log-probs"
     found = {"prm/pair_accuracy_before": before, "prm/pair_accuracy_after": after}
@@ -66,11 +78,28 @@ def of_prm(
         name: metrics.pair_accuracy(reward, rollouts.outcome_rewards, rollouts.group_size).item()
         for name, reward in rewards.items()
     }
-    token_rewards = knobs.beta * (before - scored.ref_logprobs)
+    token_rewards = beta * (before - scored.ref_logprobs)
     health = prm_health(token_rewards, rollouts.outcome_rewards, rollouts.response_mask)
-    taught = {"frozen": version, "double": 0}  # the others learnt from the step before
-    staleness = {"prm/staleness": taught.get(knobs.forward, min(1, version))}
-    return accuracies | {f"prm/{name}": value for name, value in health.items()} | staleness
+    return accuracies | {f"prm/{name}": value for name, value in health.items()}
+
+
+def of_held_out(knobs: PrmSection, scored: ScoredBatch, logprobs: Tensor) -> Metrics:
+    """Loss, order and health of a PRM with `logprobs` [N, T] on groups that it does not learn.
+
+    The pair accuracy is of groups with different outcomes alone; left out if there are none.
+    """
+    assert scored.ref_logprobs is not None, "the PRM's rewards need reference log-probs"
+    rows = scored.rollouts
+    rewards = implicit_rewards(logprobs, scored.ref_logprobs, rows.response_mask, knobs.beta)
+    sums, outcomes = rewards.sum(dim=1), rows.outcome_rewards
+    figures = {"loss": float(sequence_loss(sums, outcomes, rows.group_size, knobs.loss))}
+    of_group = outcomes.view(-1, rows.group_size)
+    mixed = (of_group != of_group[:, :1]).any(dim=1).repeat_interleave(rows.group_size)
+    if bool(mixed.any()):
+        accuracy = metrics.pair_accuracy(sums[mixed], outcomes[mixed], rows.group_size)
+        figures["pair_accuracy"] = float(accuracy)
+    figures |= prm_health(rewards, outcomes, rows.response_mask)
+    return {f"held_out/{name}": value for name, value in figures.items()}
 
 
 def of_batch(batch: TrainBatch, update: PolicyUpdate, config: RunConfig) -> Metrics:

@@ -12,11 +12,13 @@ from megatron_prime import figures
 from megatron_prime import types as t
 from megatron_prime.algorithm.advantage import prime_advantages
 from megatron_prime.algorithm.filtering import passes
+from megatron_prime.algorithm.gae import gae_advantages
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import BatchNotFilled, Interrupted
 from megatron_prime.evaluation import evaluate, sampling_of
 from megatron_prime.protocols import Phase, Roles
+from megatron_prime.value_batch import ValueBatch
 
 
 def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
@@ -27,20 +29,18 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
     for step in range(state.step + 1, config.run.steps + 1):
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
         scored = score(roles, t.RolloutBatch.from_groups(groups, config.rollout.keep_partial))
-        process_rewards, prm_metrics = learn_process_rewards(config, roles, scored)
-        batch = with_advantages(config, roles, scored, process_rewards)
+        process_rewards, of_prm = learn_process_rewards(config, roles, scored)
+        batch, of_critic = with_advantages(config, roles, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
             update = roles.policy.update(batch)
         sync_weights(roles)
         state = t.LoopState(step, keep_surplus(roles, surplus, config.rollout.keep_partial))
-
-        metrics |= prm_metrics | update.metrics | figures.of_batch(batch, update, config)
-        if due(step, config.evaluate.every, config.run.steps):
+        metrics |= of_prm | of_critic | update.metrics | figures.of_batch(batch, update, config)
+        if config.is_due(step, config.evaluate.every):
             metrics |= evaluate(config, roles)
         seconds = figures.of_time(roles.gpus.take_seconds(), metrics["rollout/tokens"])
-        # Logged before saving: a resumed run lacks no step's line.
-        roles.recorder.log(step, metrics | seconds | roles.gpus.take_memory())
-        if (stop := roles.signals.asked()) or due(step, config.checkpoint.every, config.run.steps):
+        roles.recorder.log(step, metrics | seconds | roles.gpus.take_memory())  # before saving
+        if (stop := roles.signals.asked()) or config.is_due(step, config.checkpoint.every):
             with roles.gpus.phase(Phase.CHECKPOINT):
                 roles.checkpoints.save(state)
         if stop:
@@ -102,12 +102,18 @@ def learn_process_rewards(
 
 def with_advantages(
     config: RunConfig, roles: Roles, scored: t.ScoredBatch, process_rewards: Tensor | None
-) -> t.TrainBatch:
-    """Advantages of both rewards, added; on the whole batch, alike on every rank."""
-    rows = scored.rollouts
-    given = (process_rewards, rows.outcome_rewards, rows.response_mask, rows.group_size)
-    advantages = prime_advantages(*given, config.advantage, roles.steps.step_ends(rows))
-    return t.TrainBatch(scored, process_rewards, advantages)
+) -> tuple[t.TrainBatch, t.Metrics]:
+    """Advantages of both rewards, on the whole batch, alike on all ranks; a critic learns."""
+    rows, ends = scored.rollouts, roles.steps.step_ends(scored.rollouts)
+    given = process_rewards, rows.outcome_rewards, rows.response_mask
+    if roles.critic is None:
+        advantages = prime_advantages(*given, rows.group_size, config.advantage, ends)
+        return t.TrainBatch(scored, process_rewards, advantages), {}
+    with roles.gpus.phase(Phase.UPDATE_CRITIC):
+        values = roles.critic.values(rows)
+        advantages, returns = gae_advantages(*given, values, config.advantage, ends)
+        of_critic = roles.critic.update(ValueBatch(rows, values, returns))
+    return t.TrainBatch(scored, process_rewards, advantages), of_critic
 
 
 def sync_weights(roles: Roles) -> None:
@@ -122,8 +128,3 @@ def keep_surplus(roles: Roles, surplus: t.Groups, mixed: bool) -> t.Groups:
     stale = [g for g in surplus if not mixed and g.policy_version != roles.policy.version]
     roles.prompts.put_back([group.prompt for group in stale])
     return tuple(group for group in surplus if group not in stale)
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """True on every `every`-th step (0: on none of them) and on the last."""
-    return step == last or (every > 0 and step % every == 0)

@@ -29,13 +29,56 @@ class Section(BaseModel):
     )
 
 
+class OptimizerSection(Section):
+    """AdamW with fp32 master weights, warm-up, then constant or cosine."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up; `cosine` ends at 0 with the last step."""
+
+
+class BatchSection(OptimizerSection):
+    """How one step's rollouts are cut up for an update."""
+
+    mini_batch_size: Positive = 256
+    """Rollouts per optimizer step."""
+    micro_batch_tokens: Positive = 8192
+    """Tokens that one rank puts through the model at once; what fills a pack up to a multiple that
+    FP8, sequence parallelism or a pipeline wants comes on top."""
+
+
+class CriticSection(BatchSection):
+    """The critic of `advantage.estimator = "gae"` and its update; see docs/algorithm.md."""
+
+    hf: FilePath | None = None
+    """Start the critic from this checkpoint, its value head (`score.weight`) included if it has
+    one; none takes `model.hf` and a head of zeros."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    value_clip: PositiveFloat | None = 0.5
+    """A value that has moved further than this from what it was before the update has no gradient
+    that leads further; not set: no such end."""
+
+
 class AdvantageOptions(Section):
     """Token advantages from process and outcome rewards; formulae in `algorithm/advantage.py`."""
 
-    estimator: Literal["rloo", "grpo", "reinforce", "prime_value"] = "rloo"
+    estimator: Literal["rloo", "grpo", "reinforce", "prime_value", "gae"] = "rloo"
     """What rewards are compared with: `rloo`, the group's other responses; `grpo`, the whole
     group's mean, over its standard deviation (`group_std`); `reinforce`, nothing; `prime_value`,
-    nothing, but process rewards up to the token are taken off as the value of what precedes it."""
+    nothing, but process rewards up to the token are taken off as the value of what precedes it;
+    `gae`, the values of a critic (PPO), see `[critic]`."""
     group_std: bool = True
     """Of `grpo`: divide by the standard deviation within the group; false leaves it out."""
     granularity: Literal["token", "step", "response"] = "token"
@@ -54,10 +97,14 @@ class AdvantageOptions(Section):
     whiten: bool = True
     """Subtract the mean, divide by the standard deviation, of all response tokens of the batch."""
     gamma: Fraction = 1.0
-    """Discount of future process rewards; the outcome reward is never discounted."""
+    """Discount of future process rewards. The outcome reward is never discounted, but by `gae`,
+    whose critic has one value for both."""
+    gae_lambda: Fraction = 1.0
+    """Of `gae`: how much of what later values say is left out, from 1, nothing (the paper's), to 0,
+    all but the next one."""
     process_weight: NonNegativeFloat = 1.0
-    """Weight of the process advantage; 0 trains on the outcome alone and no PRM or reference is
-    loaded."""
+    """Weight of the process advantage; 0 trains on the outcome alone and no PRM is loaded, nor a
+    reference, unless `policy.loss.kl_coefficient` wants it."""
     outcome_weight: NonNegativeFloat = 1.0
     """Weight of the outcome advantage."""
 
@@ -91,7 +138,8 @@ class PolicyLossOptions(Section):
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus (released run: 0)."""
     kl_coefficient: NonNegativeFloat = 0.0
-    """Weight of the KL divergence from the reference, the PRM's, in the loss (released run: 0)."""
+    """Weight of the KL divergence from the reference, the frozen weights of `model.hf`, in the loss
+    (released run: 0)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How each token estimates it, with d = log(policy / reference): `k1`, d times the ratio, `k2`,
     d²/2, or `k3`, exp(-d) - 1 + d; their gradients differ, see `algorithm/policy_loss.py`."""

@@ -11,6 +11,8 @@ OF_PAIRS = ("dpo", "nca")  # losses that compare responses of one group
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Combinations that could teach the PRM nothing, or something else than was meant."""
+    if not config.uses_prm:
+        return
     prm, group_size = config.prm, config.rollout.group_size
     if prm.loss in OF_PAIRS and group_size < 2:
         yield (

@@ -31,6 +31,7 @@ from megatron_prime.types import (
     TrainBatch,
     VerifiedGroup,
 )
+from megatron_prime.value_batch import ValueBatch
 
 
 class Phase(Enum):
@@ -39,6 +40,7 @@ class Phase(Enum):
     GENERATE = "generate"
     SCORE = "score"
     UPDATE_PRM = "update_prm"
+    UPDATE_CRITIC = "update_critic"
     UPDATE_POLICY = "update_policy"
     SYNC_WEIGHTS = "sync_weights"
     EVALUATE = "evaluate"
@@ -119,6 +121,13 @@ class ProcessRewardModel(ScoringModel, Protocol):
     def update(self, batch: ScoredBatch) -> PrmUpdate: ...
 
 
+class Critic(Protocol):
+    """Says what rewards are to come; PPO's."""
+
+    def values(self, batch: RolloutBatch) -> Tensor: ...  # float32 [N, T], 0 on padding
+    def update(self, batch: ValueBatch) -> Metrics: ...
+
+
 class Policy(Protocol):
     """The model that is trained by reinforcement."""
 
@@ -142,6 +151,7 @@ class Recorder(Protocol):
     """Shows and keeps figures."""
 
     def progress(self, note: str, done: int, total: int) -> None: ...  # live, never stored
+    # Of a step before its checkpoint: so a resumed run lacks no step's line.
     def log(self, step: int, metrics: Metrics) -> None: ...
     def rollouts(self, step: int, groups: Sequence[VerifiedGroup]) -> None: ...  # if asked to
 
@@ -189,7 +199,8 @@ class Roles:
     ranks: Ranks
     policy: Policy
     prm: ProcessRewardModel | None  # None: trained on the outcome alone
-    reference: ScoringModel | None  # None: the policy is the PRM's reference, or there is no PRM
+    reference: ScoringModel | None  # None: the policy is the PRM's, or nothing asks for one
+    critic: Critic | None  # None: advantages compare with other rewards, or with nothing
     gpus: Scheduler
     recorder: Recorder
     checkpoints: Checkpoints

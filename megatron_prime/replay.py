@@ -16,8 +16,15 @@ import torch
 from megatron_prime import build
 from megatron_prime.config import RunConfig
 from megatron_prime.errors import NotFinite
+from megatron_prime.models.critic import MegatronCritic
 from megatron_prime.models.engine import Loss, culprits
-from megatron_prime.models.factory import policy_of, prm_of, reference_of, sft_engine
+from megatron_prime.models.factory import (
+    critic_of,
+    policy_of,
+    prm_of,
+    reference_of,
+    sft_engine,
+)
 from megatron_prime.models.guard import Batch, Kept, Tracer, load_batch, load_weights, rollouts_of
 from megatron_prime.models.mini_batch import MiniBatch
 from megatron_prime.models.policy import MegatronPolicy
@@ -27,8 +34,9 @@ from megatron_prime.models.training import TrainableEngine
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.sft import FineTuning, loss_of
 from megatron_prime.types import ScoredBatch, TrainBatch
+from megatron_prime.value_batch import ValueBatch
 
-Model = MegatronPolicy | MegatronPrm | FrozenPrm | MegatronReference | FineTuning
+Model = MegatronPolicy | MegatronPrm | FrozenPrm | MegatronReference | MegatronCritic | FineTuning
 
 
 def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
@@ -38,6 +46,7 @@ def replay(config: RunConfig, launch: Launch, folder: Path) -> None:
         "policy": policy_of,
         "prm": prm_of,
         "reference": reference_of,
+        "critic": critic_of,
         "sft": lambda config: FineTuning(sft_engine(config)),
     }
     with build.training_session(config, launch, "replay") as ranks, launch.steps(agree=None):
@@ -59,9 +68,9 @@ def run_again(model: Model, kept: Kept) -> str:
     Raises NotFinite if it broke again, or fp16 gradients overflowed.
     """
     rollouts, engine = rollouts_of(kept.batch), model.engine
-    loss = _loss(model, kept.batch)
+    loss, gives = _loss(model, kept.batch), engine.gives
     if loss is None:
-        return _shown(engine.logprobs(rollouts.sequences), rollouts.response_mask)
+        return _shown(engine.logprobs(rollouts.sequences), rollouts.response_mask, gives)
     assert isinstance(engine, TrainableEngine), "only trained models have a loss"
     if kept.loss_scale is not None and engine.loss_scale is not None:
         engine.set_loss_scale(kept.loss_scale)
@@ -71,8 +80,8 @@ def run_again(model: Model, kept: Kept) -> str:
             f"gradients overflow at the loss scale {step.loss_scale:g}, which may still fall: a "
             "run would skip this step and go on with a smaller one"
         )
-    logprobs = _shown(step.logprobs, rollouts.response_mask)
-    return f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, {logprobs}"
+    outputs = _shown(step.logprobs, rollouts.response_mask, gives)
+    return f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, {outputs}"
 
 
 def _loss(model: Model, batch: Batch) -> Loss | None:
@@ -82,12 +91,14 @@ def _loss(model: Model, batch: Batch) -> Loss | None:
     if isinstance(model, FineTuning):
         return loss_of(rollouts.response_mask)
     if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
-        return model.loss_of(batch, MiniBatch.of(rollouts, rows))
+        return model.loss_of(batch, model.part_of(rollouts, rows))
     if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):
         return model.loss_of(batch, rows)
+    if isinstance(model, MegatronCritic) and isinstance(batch, ValueBatch):
+        return model.loss_of(batch, MiniBatch.of(rollouts, rows))
     return None
 
 
-def _shown(logprobs: torch.Tensor, mask: torch.Tensor) -> str:
-    found = logprobs[mask[:, : logprobs.shape[1]]]
-    return f"{len(found)} log-probs from {found.min():.4g} to {found.max():.4g}"
+def _shown(outputs: torch.Tensor, mask: torch.Tensor, gives: str) -> str:
+    found = outputs[mask[:, : outputs.shape[1]]]
+    return f"{len(found)} {gives} from {found.min():.4g} to {found.max():.4g}"

@@ -2,57 +2,69 @@
 
 Each step takes a mini-batch of conversations and minimises the mean negative log-likelihood of its
 assistant tokens. The result is a Hugging Face checkpoint that policy, PRM and reference start from.
+Conversations that are held out are judged by the same mean, and not learnt.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_prime.config import ConfigError, RunConfig
+from megatron_prime.config import RunConfig
+from megatron_prime.data.epochs import Epochs
 from megatron_prime.data.sft_data import SftExample
 from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.mini_batch import MiniBatch, loss_scaling
+from megatron_prime.models.scoring import logprobs_of
 from megatron_prime.models.training import TrainableEngine
-from megatron_prime.protocols import Recorder
-from megatron_prime.types import RolloutBatch, TokenSequence
+from megatron_prime.stage_steps import StageSteps
+from megatron_prime.types import Metrics, RolloutBatch, TokenSequence
 
 
 def run(
     config: RunConfig,
     engine: TrainableEngine,
-    examples: Sequence[SftExample],
-    recorder: Recorder,
+    examples: Epochs[SftExample],
+    held_out: Sequence[SftExample],
+    steps: StageSteps,
 ) -> None:
-    """Take `sft.steps` optimizer steps over shuffled epochs of `examples`."""
+    """Take the optimizer steps that are left, each on a mini-batch of `examples`."""
     guard = Guard(config, "sft")
-    batches = shuffled(examples, config.sft.mini_batch_size, config.run.seed)
-    for step in range(1, config.sft.steps + 1):
+    if steps.done == 0:
+        steps.begin(judge(engine, held_out))
+    for step in steps:
         started = time.perf_counter()
-        batch = as_batch(next(batches))
+        batch = as_batch(examples.take())
         sequences, rows = batch.sequences, torch.arange(len(batch.sequences))
         rate = engine.next_rate()
         result = guard.train_step(engine, batch, rows, loss_of(batch.response_mask))
         guard.end_update(0 if result is None else 1)
         assert result is not None, "an update is one mini-batch: end_update stops if it is skipped"
         seconds = time.perf_counter() - started
-        recorder.log(
-            step,
-            {
-                "sft/loss": result.loss,
-                "sft/grad_norm": result.grad_norm,
-                "sft/lr": rate,
-                "sft/tokens_per_s": sum(len(s.token_ids) for s in sequences) / seconds,
-                "time/step_s": seconds,
-                **loss_scaling("sft", config.precision.policy, [result]),
-            },
-        )
+        figures = {
+            "sft/loss": result.loss,
+            "sft/grad_norm": result.grad_norm,
+            "sft/lr": rate,
+            "sft/epoch": examples.epochs,
+            "sft/tokens_per_s": sum(len(s.token_ids) for s in sequences) / seconds,
+            "time/step_s": seconds,
+            **loss_scaling("sft", config.precision.policy, [result]),
+        }
+        steps.end(step, figures | (judge(engine, held_out) if steps.judged(step) else {}))
+
+
+def judge(engine: TrainableEngine, held_out: Sequence[SftExample]) -> Metrics:
+    """The loss of conversations that are not learnt, over all their assistant tokens."""
+    if not held_out:
+        return {}
+    sequences, mask = as_sequences(held_out)
+    logprobs = logprobs_of(engine, sequences)
+    return {"held_out/loss": -logprobs[mask].double().mean().item()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +107,3 @@ def as_sequences(examples: Sequence[SftExample]) -> tuple[list[TokenSequence], T
         tail = example.loss_mask[start:]
         mask[row, : len(tail)] = torch.tensor(tail)
     return sequences, mask
-
-
-def shuffled(examples: Sequence[SftExample], count: int, seed: int) -> Iterator[list[SftExample]]:
-    """Endless mini-batches of `count`; each epoch has an order of its own, fixed by the seed."""
-    if count > len(examples):
-        raise ConfigError(
-            f"found {len(examples)} conversations, wanted at least sft.mini_batch_size = {count}; "
-            "lower it, or bring more data"
-        )
-    epoch = 0
-    while True:
-        order = list(examples)
-        random.Random(seed * 1_000_003 + epoch).shuffle(order)
-        for start in range(0, len(order) - count + 1, count):
-            yield order[start : start + count]
-        epoch += 1

@@ -64,9 +64,7 @@ class Rollout:
     """One sampled response; `response_ids` ends with the end-of-sequence token unless cut."""
 
     response_ids: tuple[int, ...]
-    rollout_logprobs: tuple[
-        float, ...
-    ]  # the engine's, one per response token, at the sampling temperature
+    rollout_logprobs: tuple[float, ...]  # the engine's, per token, at the sampling temperature
     finish_reason: Literal["stop", "length"]
     policy_version: int
     text: str  # the decoded response, without special tokens
@@ -162,13 +160,11 @@ class RolloutBatch:
     response_mask: Tensor  # bool [N, T]
     outcome_rewards: Tensor  # float32 [N]
     rollout_logprobs: Tensor  # float32 [N, T], 0 on padding
+    truncated: Tensor | None = None  # bool [N], cut before their end; None: not known
 
     @classmethod
     def from_groups(cls, groups: Sequence[VerifiedGroup], mixed: bool = False) -> RolloutBatch:
-        """Flatten verified groups of equal size, all of one policy version unless `mixed`.
-
-        Raises ValueError when they are of several: leave-one-out compares rollouts of one policy.
-        """
+        """Flatten verified groups of equal size; ValueError unless `mixed`, or of one policy."""
         if not mixed and len(versions := {group.policy_version for group in groups}) != 1:
             raise ValueError(f"found groups of policy versions {sorted(versions)} in one batch")
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -190,6 +186,7 @@ class RolloutBatch:
             response_mask=mask,
             outcome_rewards=outcome_rewards(groups),
             rollout_logprobs=logprobs,
+            truncated=torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
         )
 
     def select(self, rows: Tensor) -> RolloutBatch:
@@ -200,6 +197,7 @@ class RolloutBatch:
             self.response_mask[rows],
             self.outcome_rewards[rows],
             self.rollout_logprobs[rows],
+            None if self.truncated is None else self.truncated[rows],
         )
 
     def _are_whole_groups(self, rows: Tensor) -> bool:
@@ -254,7 +252,7 @@ class ScoredBatch:
 
     rollouts: RolloutBatch
     old_logprobs: OldLogprobs
-    ref_logprobs: Tensor | None  # float32 [N, T], what the PRM is compared with; None without a PRM
+    ref_logprobs: Tensor | None  # float32 [N, T], what PRM or policy is compared with
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Only `rows` (int64 [n])."""

@@ -8,22 +8,32 @@ problems are found at once; each is one line that names the knob to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_prime import (
     algorithm_rules,
+    critic_rules,
     evaluate_rules,
     precision_rules,
     prm_rules,
     rollout_rules,
+    stage_rules,
+)
+from megatron_prime.common_rules import (
+    CP,
+    PP,
+    TP,
+    VPP,
+    check_file,
+    check_micro_batch,
+    check_model,
+    check_schedule,
+    check_shares,
 )
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
-from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
-
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-CP, VPP = "context_parallel_size", "virtual_pipeline_model_parallel_size"
+from megatron_prime.families import with_defaults
 
 # What Megatron can do and this project can't yet: the only value that runs, and why.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -41,7 +51,13 @@ def check(config: RunConfig, command: str, world_size: int | None) -> None:
     if command in ("evaluate", "rollout"):  # `[megatron]` matters to a PRM that ranks alone
         problems = list(_of_generation(config, command, world_size))
     else:
-        find = {"train": _of_training, "sft": _of_fine_tuning, "replay": _of_replay}[command]
+        find = {
+            "train": _of_training,
+            "sft": stage_rules.of_fine_tuning,
+            "train_prm": stage_rules.of_prm_training,
+            "score": stage_rules.of_scoring,
+            "replay": _of_replay,
+        }[command]
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         # Without usable sizes nothing can be divided by them.
         problems = parallel or [*_ranks(config, world_size), *find(config, world_size)]
@@ -54,15 +70,16 @@ def models_of(config: RunConfig, command: str) -> tuple[ModelName, ...]:
     """The models that the command builds, by their names in `[precision]`."""
     if command == "evaluate":
         return ("prm", "reference") if config.evaluate.prm is not None else ()
+    if command in ("train_prm", "score"):
+        return ("prm", "reference")
     return config.models if command in ("train", "replay") else ("policy",)
 
 
 def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     roles = models_of(config, "train")
-    of_prm_alone: tuple[ModelName, ...] = ("prm",) if config.prm.hf is not None else ()
-    shared = [role for role in roles if role not in of_prm_alone]
-    yield from _model(config, "model.hf", config.model.hf, _longest(config), shared)
-    yield from _file("data.train", config.data.train)
+    shared = [role for role in roles if config.own_hf(role) is None]
+    yield from check_model(config, "model.hf", config.model.hf, _longest(config), shared)
+    yield from check_file("data.train", config.data.train)
     in_fp8 = [role for role in roles if config.precision.of(role).fp8_param]
     if in_fp8 and config.memory.offload == "always":
         yield (
@@ -70,22 +87,22 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             'in FP8 alone can\'t leave the device; take "never", or remove fp8_param'
         )
     if config.data.eval is not None:
-        yield from _file("data.eval", config.data.eval)
-    yield from evaluate_rules.problems(config, _model)
+        yield from check_file("data.eval", config.data.eval)
+    yield from evaluate_rules.problems(config, check_model)
     yield from _recorded(config.debug.rollouts_from, config.run.folder / "rollouts")
     yield from algorithm_rules.problems(config)
+    yield from critic_rules.problems(config)
     yield from rollout_rules.problems(config)
     if config.debug.rollouts_from is None:
         yield from _engine(config, world_size)
-    yield from _schedule("policy", config.policy, config.run.steps, "run.steps")
-    yield from _batches(config, "policy", config.policy, world_size)
-    if config.uses_prm:
-        yield from prm_rules.problems(config)
-        if "prm" not in config.frozen:
-            yield from _schedule("prm", config.prm, config.run.steps, "run.steps")
-        yield from _batches(config, "prm", config.prm, world_size)
-        if config.prm.hf is not None:
-            yield from _model(config, "prm.hf", config.prm.hf, _longest(config), of_prm_alone)
+    yield from prm_rules.problems(config)
+    for role in roles:
+        if role not in config.frozen:
+            yield from check_schedule(role, config.batches_of(role), config.run.steps, "run.steps")
+        if role != "reference":
+            yield from _batches(config, role, config.batches_of(role), world_size)
+        if (hf := config.own_hf(role)) is not None:
+            yield from check_model(config, f"{role}.hf", hf, _longest(config), (role,))
 
 
 def _start(config: RunConfig) -> Iterator[str]:
@@ -102,33 +119,20 @@ def _recorded(played: Path | None, own: Path) -> Iterator[str]:
         yield f"debug.rollouts_from: found {played}, wanted the rollouts/ folder of another run"
 
 
-def _of_fine_tuning(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    sft = config.sft
-    length = {"sft.max_length": sft.max_length}
-    yield from _model(config, "model.hf", config.model.hf, length, models_of(config, "sft"))
-    if sft.data is None:
-        yield "sft.data: missing; set it to a chat jsonl, in the TOML file or with --sft.data=…"
-    else:
-        yield from _file("sft.data", sft.data)
-    yield from _schedule("sft", sft, sft.steps, "sft.steps")
-    yield from _shares("sft", sft, config, world_size)
-    yield from _micro_batch("sft", sft, config, length)
-
-
 def _of_replay(config: RunConfig, _world_size: int | None) -> Iterator[str]:
-    yield from _model(config, "model.hf", config.model.hf, {}, models_of(config, "replay"))
+    yield from check_model(config, "model.hf", config.model.hf, {}, models_of(config, "replay"))
 
 
 def _of_generation(config: RunConfig, command: str, world_size: int | None) -> Iterator[str]:
     whole = config.model_copy(update={"megatron": {}})
     own_lengths = command == "evaluate" and config.evaluate.sets
     lengths = {} if own_lengths else _longest(config)
-    yield from _model(whole, "model.hf", config.model.hf, lengths, ())
+    yield from check_model(whole, "model.hf", config.model.hf, lengths, ())
     yield from _engine(config, world_size)
     if command == "rollout":
-        yield from _file("data.train", config.data.train)
+        yield from check_file("data.train", config.data.train)
         return
-    yield from evaluate_rules.command_problems(config, _model)
+    yield from evaluate_rules.command_problems(config, check_model)
     if config.evaluate.prm is not None:
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         yield from parallel or _ranks(config, world_size)
@@ -170,61 +174,10 @@ def _ranks(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
-def _model(
-    config: RunConfig, knob: str, folder: Path, lengths: dict[str, int], roles: Iterable[ModelName]
-) -> Iterator[str]:
-    """Whether the model in `folder` exists, is long enough, and can be cut as `[megatron]` says and
-    multiplied as `[precision]` says for `roles`."""
-    path = folder / "config.json"
-    try:
-        model = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        yield f"{knob}: no {path}; wanted the directory of a Hugging Face checkpoint"
-        return
-    except json.JSONDecodeError as error:
-        yield f"{knob}: {path} is not JSON ({error}); download the checkpoint again"
-        return
-    if model.get("model_type") not in MODEL_TYPES:
-        yield (
-            f"{knob}: found model_type {model.get('model_type')!r} in {path}, "
-            f"supported: {', '.join(MODEL_TYPES)}"
-        )
-        return
-    sizes = config.parallel
-    stages = f"{PP} * megatron.{VPP}" if sizes.vpp > 1 else PP
-    parts = {
-        "num_attention_heads": (TP, sizes.tp),
-        "num_key_value_heads": (TP, sizes.tp),
-        "intermediate_size": (TP, sizes.tp),
-        "num_hidden_layers": (stages, sizes.pp * sizes.vpp),
-    }
-    model = with_defaults(model)
-    wanted = (*parts, "hidden_size", "max_position_embeddings")
-    if missing := [key for key in wanted if key not in model]:
-        yield f"{knob}: {path} lacks {', '.join(missing)}; is it a whole checkpoint?"
-        return
-    for key, (option, size) in parts.items():
-        if model[key] % size:
-            yield (
-                f"megatron.{option}: found {size}, which does not divide {key} = {model[key]} "
-                f"of {knob}"
-            )
-    for role in roles:
-        yield from precision_rules.shape_problems(
-            role, config.precision.of(role), model, knob, sizes.tp, sizes.pp
-        )
-    room = max_positions(model)
-    if sum(lengths.values()) > room:
-        yield (
-            f"{_sum(lengths)} tokens, more than the {room} of max_position_embeddings or "
-            f"sliding_window of {knob}; lower it"
-        )
-
-
 def _engine(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """What the rollout engine can't do with the model; nothing of a model that `_model` refuses."""
     whole = config.model_copy(update={"megatron": {}})
-    if not any(_model(whole, "model.hf", config.model.hf, {}, ())):
+    if not any(check_model(whole, "model.hf", config.model.hf, {}, ())):
         model = with_defaults(json.loads((config.model.hf / "config.json").read_text()))
         yield from rollout_rules.engine_problems(config, model, world_size)
 
@@ -234,25 +187,6 @@ def _longest(config: RunConfig) -> dict[str, int]:
         "data.max_prompt_length": config.data.max_prompt_length,
         "rollout.max_response_length": config.rollout.max_response_length,
     }
-
-
-def _sum(lengths: dict[str, int]) -> str:
-    found = " + ".join(str(length) for length in lengths.values())
-    total = f" = {sum(lengths.values())}" if len(lengths) > 1 else ""
-    return f"{', '.join(lengths)}: found {found}{total}"
-
-
-def _file(knob: str, path: Path) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{knob}: no file {path}; relative paths start at the working directory"
-
-
-def _schedule(table: str, knobs: BatchSection, steps: int, length: str) -> Iterator[str]:
-    if knobs.schedule == "cosine" and knobs.warmup_steps >= steps:
-        yield (
-            f"{table}.warmup_steps: found {knobs.warmup_steps}, wanted fewer than {length} = "
-            f"{steps}: nothing would be left for the cosine"
-        )
 
 
 def _batches(
@@ -265,36 +199,5 @@ def _batches(
             f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a divisor of "
             f"rollout.prompts_per_step * rollout.group_size = {rollouts}"
         )
-    yield from _shares(table, knobs, config, world_size)
-    yield from _micro_batch(table, knobs, config, _longest(config))
-
-
-def _shares(
-    table: str, knobs: BatchSection, config: RunConfig, world_size: int | None
-) -> Iterator[str]:
-    sizes = config.parallel
-    replicas = max(1, (world_size or 1) // sizes.replica)
-    if knobs.mini_batch_size % replicas:
-        yield (
-            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of the "
-            f"{replicas} data-parallel replicas"
-        )
-    elif sizes.vpp > 1 and knobs.mini_batch_size % (replicas * sizes.pp):
-        yield (
-            f"{table}.mini_batch_size: found {knobs.mini_batch_size}, wanted a multiple of "
-            f"{replicas} * {sizes.pp}: with megatron.{VPP} each of the {replicas} data-parallel "
-            f"replicas takes a multiple of {sizes.pp} micro-batches, one for each pipeline stage"
-        )
-
-
-def _micro_batch(
-    table: str, knobs: BatchSection, config: RunConfig, lengths: dict[str, int]
-) -> Iterator[str]:
-    cp = config.parallel.cp
-    longest = -(-sum(lengths.values()) // (2 * cp)) * 2 if cp > 1 else sum(lengths.values())
-    if knobs.micro_batch_tokens < longest:
-        yield (
-            f"{table}.micro_batch_tokens: found {knobs.micro_batch_tokens}, wanted {longest} or "
-            f"more: one sequence must fit ({' + '.join(lengths)}"
-            f"{f', over {cp} context-parallel ranks' if cp > 1 else ''})"
-        )
+    yield from check_shares(table, knobs, config, world_size)
+    yield from check_micro_batch(table, knobs, config, _longest(config))

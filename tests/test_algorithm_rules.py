@@ -70,10 +70,6 @@ def test_prime_as_value_model_goes_with_both_presets(preset, granularity):
             "policy.loss.kl_coefficient: found 0.1 with rollout.temperature = 0.7",
         ),
         (
-            {"policy": {"loss": {"kl_coefficient": 0.1}}, "advantage": {"process_weight": 0.0}},
-            "policy.loss.kl_coefficient: found 0.1 with advantage.process_weight = 0",
-        ),
-        (
             {"policy": {"loss": {"kl_coefficient": 0.1}}, "prm": {"reference": "policy"}},
             'policy.loss.kl_coefficient: found 0.1 with prm.reference = "policy"',
         ),
@@ -86,6 +82,17 @@ def test_prime_as_value_model_goes_with_both_presets(preset, granularity):
 def test_what_means_nothing_is_refused(tables, start):
     (problem,) = found(**tables)
     assert problem.startswith(start)
+
+
+def test_a_tie_to_the_reference_needs_no_prm():
+    tables = {"policy": {"loss": {"kl_coefficient": 0.1}}, "advantage": {"process_weight": 0.0}}
+    assert found(**tables) == []
+    base = {"run": {"folder": "run"}, "model": {"hf": "model"}, "data": {"train": "train.jsonl"}}
+    tied = RunConfig.model_validate(base | tables)
+    assert tied.models == ("policy", "reference")
+    assert tied.batches_of("reference") is tied.policy
+    assert RunConfig.model_validate(base).batches_of("reference") == tied.prm
+    assert tied.frozen == {"reference"}
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])

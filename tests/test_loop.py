@@ -30,6 +30,7 @@ from megatron_prime.types import (
     TrainBatch,
     VerifiedGroup,
 )
+from megatron_prime.value_batch import ValueBatch
 
 ROLLOUT = Rollout((7, 8, 9), (-1.0, -1.0, -1.0), "stop", 0, "789")
 
@@ -49,6 +50,7 @@ class Fake:
         self.next_id = 0
         self.prm_logprobs = iter(torch.linspace(-2, -1, 50))
         self.trained_on: list[TrainBatch] = []
+        self.taught: list[ValueBatch] = []  # to the critic
         self.goals: list[int] = []  # of the tallies
         self.asked_to_end: Iterator[str | None] = iter([None] * 50)
         self.steps_end_at: list[int] | None = None  # in every response
@@ -192,11 +194,26 @@ class FakeModel:
         return PrmUpdate(torch.full(batch.rollouts.response_mask.shape, -0.9), {"prm/loss": 0.7})
 
 
+class FakeCritic:
+    """Expects a quarter of everything."""
+
+    def __init__(self, fake: Fake) -> None:
+        self.fake = fake
+
+    def values(self, batch: RolloutBatch) -> torch.Tensor:
+        self.fake.trace.append("critic values")
+        return torch.full(batch.response_mask.shape, 0.25)
+
+    def update(self, batch: ValueBatch) -> dict[str, float]:
+        self.fake.trace.append("critic update")
+        self.fake.taught.append(batch)
+        return {"critic/loss": 0.3}
+
+
 def play(
     fake: Fake,
     state: LoopState | None = None,
     with_prm: bool = True,
-    with_reference: bool = True,
     prompts: PromptStream | None = None,
     eval_sets: Sequence[EvalSet] = (),
     **knobs: Any,
@@ -221,7 +238,8 @@ def play(
         ranks=fake,
         policy=policy,
         prm=FakeModel(fake, "prm", -1.0) if with_prm else None,
-        reference=FakeModel(fake, "reference", -1.2) if with_prm and with_reference else None,
+        reference=FakeModel(fake, "reference", -1.2) if "reference" in config.models else None,
+        critic=FakeCritic(fake) if "critic" in config.models else None,
         gpus=fake,
         recorder=fake,
         checkpoints=fake,
@@ -261,7 +279,7 @@ def test_rewards_come_from_the_forward_that_was_named(forward: str, expected: fl
 def test_the_policy_can_be_the_reference() -> None:
     """Of all rows before the PRM learns, once, and the policy's update takes the same."""
     fake = Fake([0.5])
-    play(fake, with_reference=False, prm={"reference": "policy"})
+    play(fake, prm={"reference": "policy"})
     assert not any("reference" in entry for entry in fake.trace)
     assert [entry for entry in fake.trace if "policy" in entry and "update" not in entry] == [
         "policy old_logprobs of all"
@@ -311,6 +329,46 @@ def test_outcome_only_needs_neither_prm_nor_reference() -> None:
     advantages = fake.trained_on[0].advantages
     assert (advantages[:2] > 0).all()  # the two right answers of the first group
     assert (advantages[2:4] < 0).all()
+
+
+def test_the_policy_is_tied_to_a_reference_without_a_prm() -> None:
+    fake = Fake([0.5])
+    loss = {"kl_coefficient": 0.1}
+    play(fake, with_prm=False, advantage={"process_weight": 0.0}, policy={"loss": loss})
+    assert fake.trace.count("reference logprobs") == 1
+    scored = fake.trained_on[0].scored
+    assert scored.ref_logprobs is not None
+    assert torch.equal(scored.ref_logprobs, torch.full((8, 3), -1.2))
+
+
+def test_a_critic_is_asked_before_it_learns_and_the_policy_after() -> None:
+    fake = Fake([0.5])
+    plain = {"process_norm": "none", "whiten": False}
+    play(fake, advantage={"estimator": "gae", **plain})
+    start = fake.trace.index("update_prm")
+    assert fake.trace[start : start + 7] == [
+        "update_prm", "prm update",
+        "update_critic", "critic values", "critic update",
+        "update_policy", "policy update",
+    ]  # fmt: skip
+    (taught,), (batch,) = fake.taught, fake.trained_on
+    assert batch.process_rewards is not None
+    process = batch.process_rewards.flip(1).cumsum(1).flip(1)
+    outcomes = torch.tensor([1.0, 1.0, 0.0, 0.0] * 2)[:, None]
+    torch.testing.assert_close(taught.returns, process + outcomes)
+    torch.testing.assert_close(batch.advantages, process + outcomes - 0.25)
+    assert torch.equal(taught.values, torch.full((8, 3), 0.25))
+    assert taught.rollouts is batch.scored.rollouts
+    assert fake.logged[1]["critic/loss"] == 0.3
+
+
+def test_a_critic_of_the_outcome_alone() -> None:
+    fake = Fake([0.5])
+    options = {"estimator": "gae", "process_weight": 0.0, "whiten": False}
+    play(fake, with_prm=False, advantage=options)
+    outcomes = torch.tensor([1.0, 1.0, 0.0, 0.0] * 2)[:, None].expand(8, 3)
+    torch.testing.assert_close(fake.taught[0].returns, outcomes)
+    torch.testing.assert_close(fake.trained_on[0].advantages, outcomes - 0.25)
 
 
 def test_refills_until_full_and_returns_stale_surplus_prompts() -> None:

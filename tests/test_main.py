@@ -215,13 +215,18 @@ def test_a_preflight_needs_some_seconds(run: Run, toml: Path) -> None:
     assert "found 1, wanted 5 or more" in errors
 
 
-@pytest.mark.parametrize("command", ["sft", "evaluate"])
+@pytest.mark.parametrize("command", ["sft", "evaluate", "train_prm", "score"])
 def test_every_command_checks_what_it_needs(run: Run, toml: Path, command: str) -> None:
     toml.write_text(toml.read_text().replace("eval = ", "# "))
     code, _, errors = run(command, toml)
     assert code == 2
-    wanted = {"sft": "sft.data: missing", "evaluate": "data.eval: missing"}[command]
-    assert wanted in errors
+    wanted = {
+        "sft": "sft.data: missing",
+        "evaluate": "data.eval: missing",
+        "train_prm": "train_prm.data: missing",
+        "score": "score.input: missing",
+    }
+    assert wanted[command] in errors
 
 
 def test_a_missing_file(run: Run, tmp_path: Path) -> None:

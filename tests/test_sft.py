@@ -1,21 +1,26 @@
-"""Fine-tuning: what is learnt of a conversation, in which order, and the loss by value."""
+"""Fine-tuning: what is learnt of a conversation, and the loss by value."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import chain, islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.data.sft_data import SftExample
+from megatron_prime.config import RunConfig
+from megatron_prime.data.epochs import Epochs
+from megatron_prime.data.sft_data import SftExample, fingerprint
 from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.training import StepResult
-from megatron_prime.sft import as_sequences, run, shuffled
-from megatron_prime.types import TokenSequence
+from megatron_prime.sft import as_sequences, run
+from megatron_prime.stage_steps import StageSteps
+from megatron_prime.types import LoopState, TokenSequence
+
+CONFIG = RunConfig.model_validate(
+    {"run": {"folder": "unused"}, "model": {"hf": "unused"}, "data": {"train": "unused"}}
+)
 
 
 def example(text: str) -> SftExample:
@@ -43,47 +48,21 @@ def test_the_mask_is_as_wide_as_the_longest_response_not_the_longest_conversatio
     assert max(s.response_length for s in sequences) == 3
 
 
-def test_every_epoch_has_each_example_once_in_an_order_of_its_own() -> None:
-    examples = [example("." + "x" * n) for n in range(1, 13)]
-    batches = list(islice(shuffled(examples, 4, seed=3), 9))
-    assert {len(batch) for batch in batches} == {4}
-    epochs = [list(chain(*batches[start : start + 3])) for start in (0, 3, 6)]
-    for epoch in epochs:
-        assert Counter(epoch) == Counter(examples)
-    orders = [tuple(len(e.token_ids) for e in epoch) for epoch in [examples, *epochs]]
-    assert len(set(orders)) == 4
-
-
-def test_the_seed_fixes_the_order() -> None:
-    examples = [example("." + "x" * n) for n in range(1, 13)]
-
-    def first(seed: int) -> list[list[SftExample]]:
-        return list(islice(shuffled(examples, 4, seed), 6))
-
-    assert first(3) == first(3)
-    assert first(3) != first(4)
-
-
-def test_an_incomplete_mini_batch_is_left_out() -> None:
-    examples = [example("." + "x" * n) for n in range(1, 8)]
-    first, second, third = islice(shuffled(examples, 3, seed=0), 3)
-    assert not set(first) & set(second), "6 of 7 in the first epoch"
-    assert len(set(third)) == 3
-
-
-def test_too_few_conversations_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"found 2 conversations.*sft\.mini_batch_size = 3"):
-        next(shuffled([example(".x")] * 2, 3, seed=0))
-
-
 class FakeEngine:
     """Gives token i of a row the log-prob -(row + 1) * (i + 1), in micro-batches of two rows."""
 
     def __init__(self) -> None:
         self.rates = iter([0.1, 0.2, 0.3])
+        self.grid = SimpleNamespace(dp_size=2, multiple=1)
 
     def next_rate(self) -> float:
         return next(self.rates)
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        """The same, of all rows; refuses a number of rows that two ranks can't share."""
+        assert len(sequences) % 2 == 0
+        width = max(s.response_length for s in sequences)
+        return -(torch.arange(len(sequences))[:, None] + 1.0) * torch.arange(1, width + 1)
 
     def train_step(
         self, sequences: Sequence[TokenSequence], rows: Sequence[int], loss: Loss
@@ -99,8 +78,8 @@ class FakeEngine:
         return StepResult(True, float(total), 1.5, torch.zeros(1), torch.zeros(1))
 
 
-class Log:
-    """The Recorder role, remembering."""
+class Everyone:
+    """Recorder, Checkpoints and StopSignals; remembers what is logged."""
 
     def __init__(self) -> None:
         self.steps: dict[int, dict[str, float]] = {}
@@ -108,35 +87,56 @@ class Log:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.steps[step] = metrics
 
-    def progress(self, note: str, done: int, total: int) -> None: ...
+    def save(self, state: LoopState) -> None: ...
+
+    def asked(self) -> None: ...
+
+
+def epochs(examples: Sequence[SftExample]) -> Epochs[SftExample]:
+    return Epochs(examples, 3, 1, fingerprint, "conversations, wanted at least")
+
+
+def fine_tune(
+    texts: Sequence[str], held_out: Sequence[str] = (), done: int = 0
+) -> dict[int, dict[str, float]]:
+    """Two steps of three conversations; what was logged."""
+    everyone: Any = Everyone()
+    engine: Any = FakeEngine()
+    steps = StageSteps(done, 2, 0, 2, everyone, everyone, everyone)
+    run(CONFIG, engine, epochs([*map(example, texts)]), [*map(example, held_out)], steps)
+    return dict(everyone.steps)
 
 
 def test_the_loss_is_the_mean_over_learnt_tokens_of_the_whole_mini_batch() -> None:
     """Micro-batches of different sizes count by their tokens."""
     texts = [".xx.x", "..x", "..xxxx"]
-    config = RunConfig.model_validate(
-        {
-            "run": {"folder": "unused", "seed": 1},
-            "model": {"hf": "unused"},
-            "data": {"train": "unused"},
-            "sft": {"steps": 2, "mini_batch_size": 3},
-        }
-    )
-    log = Log()
-    engine: Any = FakeEngine()
-    run(config, engine, [example(text) for text in texts], log)
-    assert list(log.steps) == [1, 2]
-    orders = islice(shuffled([example(text) for text in texts], 3, seed=1), 2)
-    for step, order in enumerate(orders, start=1):
+    logged = fine_tune(texts)
+    assert list(logged) == [0, 1, 2]
+    order_of = epochs([example(text) for text in texts])
+    for step in (1, 2):
         learnt = [
             (row + 1) * (i + 1)
-            for row, one in enumerate(order)
+            for row, one in enumerate(order_of.take())
             for i, inside in enumerate(one.loss_mask[one.loss_mask.index(True) :])
             if inside
         ]
         assert len(learnt) == 8
-        assert log.steps[step]["sft/loss"] == pytest.approx(sum(learnt) / 8)
-    assert [m["sft/lr"] for m in log.steps.values()] == [0.1, 0.2]
-    assert log.steps[1]["sft/grad_norm"] == 1.5
-    rate = log.steps[1]["sft/tokens_per_s"] * log.steps[1]["time/step_s"]
+        assert logged[step]["sft/loss"] == pytest.approx(sum(learnt) / 8)
+    assert [logged[step]["sft/lr"] for step in (1, 2)] == [0.1, 0.2]
+    assert [logged[step]["sft/epoch"] for step in (1, 2)] == [1, 2]
+    assert logged[1]["sft/grad_norm"] == 1.5
+    rate = logged[1]["sft/tokens_per_s"] * logged[1]["time/step_s"]
     assert rate == pytest.approx(5 + 3 + 6)
+
+
+def test_held_out_conversations_are_judged_at_the_start_and_the_end() -> None:
+    """Over their own assistant tokens, by a forward that needs rows in multiples of two."""
+    logged = fine_tune([".x"] * 3, held_out=[".xx.x", "..x", ".x"])
+    wanted = (1 + 2 + 4 + 2 * 1 + 3 * 1) / 5
+    assert logged[0] == {"held_out/loss": pytest.approx(wanted)}
+    assert "held_out/loss" not in logged[1]
+    assert logged[2]["held_out/loss"] == pytest.approx(wanted)
+
+
+def test_a_continued_run_does_only_what_is_left() -> None:
+    assert list(fine_tune([".x"] * 3, held_out=[".x"], done=1)) == [2]

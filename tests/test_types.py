@@ -82,3 +82,13 @@ def test_old_logprobs_of_rows_that_were_not_scored_are_somebody_elses() -> None:
 def test_only_whole_groups_stay_groups(rows: list[int], group_size: int) -> None:
     batch = RolloutBatch.from_groups([group(WHOLE, WHOLE, number=number) for number in range(3)])
     assert batch.select(torch.tensor(rows)).group_size == group_size
+
+
+def test_which_responses_were_cut_is_known() -> None:
+    cut = replace(WHOLE, finish_reason="length")
+    batch = RolloutBatch.from_groups([group(WHOLE, cut), group(cut, WHOLE, number=1)])
+    assert batch.truncated is not None
+    assert batch.truncated.tolist() == [False, True, True, False]
+    part = batch.select(torch.tensor([3, 1])).truncated
+    assert part is not None
+    assert part.tolist() == [False, True]

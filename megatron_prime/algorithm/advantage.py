@@ -3,10 +3,11 @@
 A token is credited with the process rewards still to come, its return-to-go, and with the
 response's outcome. What both are compared with is `AdvantageOptions.estimator`: with the other
 responses to the prompt (RLOO, the paper's choice), with the group in units of its spread (GRPO),
-with nothing (REINFORCE), or with the implicit value of what precedes the token. Paper and released
-code differ in RLOO's process baseline, in normalising and in whitening; each difference is an
-option, `AdvantageOptions.preset` names the two sets, docs/algorithm.md compares them. The whole
-batch goes in at once: the result must not depend on how many ranks share it.
+with nothing (REINFORCE), or with the implicit value of what precedes the token; `gae.py` compares
+them with a critic's values (PPO). Paper and released code differ in RLOO's process baseline, in
+normalising and in whitening; each difference is an option, `AdvantageOptions.preset` names the two
+sets, docs/algorithm.md compares them. The whole batch goes in at once: the result must not depend
+on how many ranks share it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_prime.algorithm.masked import (
 )
 from megatron_prime.config import AdvantageOptions
 
-__all__ = ["AdvantageOptions", "batch_norm", "prime_advantages", "returns_to_go"]
+__all__ = ["AdvantageOptions", "batch_norm", "placed_rewards", "prime_advantages", "returns_to_go"]
 
 _OF_GROUPS = ("rloo", "grpo")  # estimators that compare a response with others to its prompt
 
@@ -54,8 +55,14 @@ def prime_advantages(
     `outcome_rewards` is [N]; `step_ends` [N, T] is asked for by `granularity = "step"`.
 
     Raises ValueError for a group_size below 2 where a group is needed, partial groups, shapes that
-    differ, empty responses, missing process rewards and missing step ends.
+    differ, empty responses, missing process rewards and missing step ends; and for `gae`, which
+    needs a critic's values (`gae.gae_advantages`).
     """
+    if options.estimator == "gae":
+        raise ValueError(
+            'found advantage.estimator = "gae" without values, wanted a critic\'s; call '
+            "gae_advantages"
+        )
     if options.estimator in _OF_GROUPS and group_size < 2:
         raise ValueError(
             f"found group_size {group_size}, wanted at least 2: advantage.estimator ="
@@ -67,16 +74,7 @@ def prime_advantages(
     outcomes = _compared_outcomes(at_least_float32(outcome_rewards.detach()), group_size, options)
     advantages = options.outcome_weight * zero_padding(outcomes[:, None], response_mask)
     if options.process_weight > 0:
-        if process_rewards is None:
-            raise ValueError(
-                f"found no process rewards at process_weight {options.process_weight}, wanted a"
-                " tensor [N, T]; set advantage.process_weight = 0 to train on the outcome alone"
-            )
-        check_tokens(response_mask, process_rewards=process_rewards)
-        places = reward_places(response_mask, options.granularity, step_ends)
-        rewards = gathered(zero_padding(process_rewards.detach(), response_mask), places)
-        if options.process_norm == "batch_norm":
-            rewards = batch_norm(rewards)
+        rewards, places = placed_rewards(process_rewards, response_mask, options, step_ends)
         if options.estimator == "prime_value":
             part = -zero_padding(rewards.cumsum(dim=1) - rewards, response_mask)
         else:
@@ -84,6 +82,27 @@ def prime_advantages(
             part = returns_to_go(compared, options.gamma)
         advantages = advantages + options.process_weight * part
     return whiten(advantages, response_mask) if options.whiten else advantages
+
+
+def placed_rewards(
+    process_rewards: Tensor | None,
+    response_mask: Tensor,
+    options: AdvantageOptions,
+    step_ends: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Process rewards gathered as `granularity` says and normed, and where they stand: [N, T] each.
+
+    Without gradient, 0 elsewhere. Raises ValueError for missing ones and shapes that differ.
+    """
+    if process_rewards is None:
+        raise ValueError(
+            f"found no process rewards at process_weight {options.process_weight}, wanted a"
+            " tensor [N, T]; set advantage.process_weight = 0 to train on the outcome alone"
+        )
+    check_tokens(response_mask, process_rewards=process_rewards)
+    places = reward_places(response_mask, options.granularity, step_ends)
+    rewards = gathered(zero_padding(process_rewards.detach(), response_mask), places)
+    return batch_norm(rewards) if options.process_norm == "batch_norm" else rewards, places
 
 
 def batch_norm(rewards: Tensor, eps: float = 1e-6) -> Tensor:

@@ -34,7 +34,7 @@ class Task:
 
 
 def tasks_of(config: RunConfig, folder: Path, sets: Sequence[EvalSet], rank: int) -> list[Task]:
-    """What is to be answered; EvaluationError on rank 0 for records of other options."""
+    """What is to be answered; RecordsError on rank 0 for records of other options."""
     knobs, chunk = config.evaluate, config.evaluate.chunk
     tasks = []
     for problems in sets:

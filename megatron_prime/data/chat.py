@@ -186,6 +186,27 @@ def encode_conversation(
     return (ids, tuple(mask)) if ids[-1] == eos else ((*ids, eos), (*mask, True))
 
 
+def encode_answer(
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a prompt and of `text` as the assistant's answer to it, with its EOS token.
+
+    These are the tokens with which a policy would have given that answer and ended. Raises as
+    `encode_conversation`; earlier answers among the `messages` belong to the prompt.
+    """
+    eos = check_tokenizer(tokenizer)
+    opening = encode_prompt(tokenizer, messages)
+    answered = [*messages, Message("assistant", text)]
+    whole = _encode(tokenizer, answered, add_generation_prompt=False)
+    if whole[: len(opening)] != opening:
+        raise RowError(
+            "found a chat template that rewrites the prompt when it is answered, wanted one that"
+            " only appends"
+        )
+    turn = whole[len(opening) :]
+    return opening, turn[: turn.index(eos) + 1] if eos in turn else (*turn, eos)
+
+
 def _encode(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> tuple[int, ...]:

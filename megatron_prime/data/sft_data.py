@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,15 @@ class SftSet:
 
     examples: tuple[SftExample, ...]
     dropped_long: int  # rows left out because they are too long
+
+
+def fingerprint(examples: Sequence[SftExample]) -> str:
+    """16 hex digits that change with any token, and with what is learnt."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(array("q", [len(example.token_ids), *example.token_ids]))
+        digest.update(bytes(example.loss_mask))
+    return digest.hexdigest()
 
 
 def load_conversations(path: Path, tokenizer: Tokenizer, max_length: int) -> SftSet:

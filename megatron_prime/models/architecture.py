@@ -25,6 +25,7 @@ from megatron_prime.config import ConfigError, PrecisionOptions
 from megatron_prime.models.kernels import has_fused_gradient_sums
 from megatron_prime.models.precision import model_options
 from megatron_prime.models.torch_spec import torch_block_spec
+from megatron_prime.models.value_head import ValueHead
 from megatron_prime.runtime.compat import megatron_calls
 from megatron_prime.weights.shape import ModelShape
 
@@ -155,10 +156,10 @@ def build_model(
     """This rank's parts of the model, on its device; the process groups must stand.
 
     One part, or with virtual pipeline stages one for each, in the order of their layers. A part's
-    forward takes a pack of tokens [1, S] and gives logits [1, n, V / tp] of the pack's n `wanted`
-    tokens on the last pipeline stage. The weights are Megatron's random ones until
-    `weights.load.load_hf` or a checkpoint replaces them. Raises ConfigError as
-    `transformer_config`.
+    forward takes a pack of tokens [1, S] and gives logits [1, n, V / tp], or a critic's values
+    [1, n, 1], of the pack's n `wanted` tokens on the last pipeline stage. The weights are
+    Megatron's random ones until `weights.load.load_hf` or a checkpoint replaces them. Raises
+    ConfigError as `transformer_config`.
     """
     config = transformer_config(shape, precision, megatron)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -188,6 +189,8 @@ def _part(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) ->
         **rope,
     )
     if model.post_process:
+        if shape.value_head:
+            model.output_layer = ValueHead(config)
         _leave_out_logits(model)
     return model.to(torch.cuda.current_device())
 

@@ -35,12 +35,24 @@ from megatron_prime.types import TokenSequence
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a loss function sees of one micro-batch: b rows, T the longest response among them."""
+    """What a loss function sees of one micro-batch: b rows, T the longest response among them.
+
+    A model with a value head gives no log-probs: `values` are where they would be.
+    """
 
     rows: Tensor  # int64 [b], rows of the batch
     logprobs: Tensor  # float32 [b, T], of the response tokens; anything beyond a row's response
-    entropy: Tensor  # float32 [b, T], of the distribution that predicted the token
+    entropy: Tensor  # float32 [b, T], of the distribution that predicted the token; of values 0
     loss: Tensor | float = 0.0  # this micro-batch's share, once it is known
+
+    def select(self, kept: Tensor) -> Forward:
+        """Only the rows that are `kept` (bool [b])."""
+        return Forward(self.rows[kept], self.logprobs[kept], self.entropy[kept])
+
+    @property
+    def values(self) -> Tensor:
+        """What a critic expects before each response token: float32 [b, T]."""
+        return self.logprobs
 
 
 _NAMED = 5  # culprits of a rank that are named
@@ -49,6 +61,8 @@ Loss = Callable[[Forward], Tensor]  # scalar: this micro-batch's share of the mi
 
 class Engine:
     """One model, frozen or trained: this rank's shards of it and their place in the pipeline."""
+
+    gives = "log-probs"  # of each response token
 
     def __init__(
         self, chunks: Sequence[Any], shape: ModelShape, max_tokens: int, temperature: float
@@ -59,19 +73,23 @@ class Engine:
         self.shape = shape
         self.max_tokens = max_tokens  # of one micro-batch on one rank
         self.temperature = temperature  # logits are divided by it
+        if shape.value_head:
+            self.gives = "values"
         self.grid = grid_of(chunks[0].config, next(chunks[0].parameters()).device)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Log-probs of all response tokens: float32 [N, T] on every rank's host, 0 on padding.
 
-        Raises NotFinite on every rank when one is not finite.
+        Of a model with a value head, its values before each of them. Raises NotFinite on every rank
+        when one is not finite.
         """
         outputs = self._schedule(sequences, range(len(sequences)), loss=None)
-        logprobs = self._assemble(outputs, sequences)[0]
-        if not logprobs.isfinite().all():
-            raise NotFinite(f"log-probs are not finite:\n{culprits(broken_rows(outputs))}")
-        return logprobs
+        found = self._assemble(outputs, sequences)[0]
+        if not found.isfinite().all():
+            told = culprits(broken_rows(outputs, self.gives))
+            raise NotFinite(f"{self.gives} are not finite:\n{told}")
+        return found
 
     def sharded_weights(self) -> dict[str, Any]:
         """The weights alone, for Megatron's dist_checkpointing."""
@@ -121,18 +139,11 @@ class Engine:
         batch: MicroBatch,
         loss: Loss | None,
         share: float,
-        logits: Tensor,  # [1, n, V / tp]
+        logits: Tensor,  # [1, n, V / tp], or values [1, n, 1]
         non_loss_data: bool = False,
     ) -> Any:
         """What the last stage does with logits: log-probs, entropy and, in training, the loss."""
-        if self.temperature != 1.0:
-            logits = logits.float() / self.temperature
-        found = vocab_parallel_logprobs_and_entropy(
-            logits[0],
-            batch.targets,
-            self.shape.vocab_size,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        found = self._of_tokens(batch, logits)
         both = logits.new_zeros(2, len(batch.rows) * batch.width, dtype=torch.float32)
         both = both.index_copy(1, batch.slots, torch.stack(found))
         if self.grid.cp_size > 1:  # each rank has found its own tokens'; the loss wants whole rows
@@ -146,6 +157,19 @@ class Engine:
         value = loss(forward)
         kept = Forward(batch.rows, logprobs.detach(), entropy.detach(), value.detach())
         return value * share, kept
+
+    def _of_tokens(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of this rank's response tokens, float32 [n], or values and 0."""
+        if self.shape.value_head:
+            return logits[0, :, 0], torch.zeros_like(logits[0, :, 0])
+        if self.temperature != 1.0:
+            logits = logits.float() / self.temperature
+        return vocab_parallel_logprobs_and_entropy(
+            logits[0],
+            batch.targets,
+            self.shape.vocab_size,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def _assemble(
         self, outputs: Sequence[Forward], sequences: Sequence[TokenSequence]
@@ -200,10 +224,10 @@ def culprits(found: list[str]) -> str:
     )
 
 
-def broken_rows(outputs: Sequence[Forward]) -> list[str]:
-    """Which rows have log-probs or a share of the loss that are not finite, on this rank."""
+def broken_rows(outputs: Sequence[Forward], gives: str) -> list[str]:
+    """Which rows have outputs or a share of the loss that are not finite, on this rank."""
     rows = [
-        f"log-probs of row {int(row)}"
+        f"{gives} of row {int(row)}"
         for output in outputs
         for row, logprobs in zip(output.rows, output.logprobs, strict=True)
         if not logprobs.isfinite().all()

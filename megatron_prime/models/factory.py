@@ -1,15 +1,15 @@
-"""From a checked configuration to the three models at their start; process groups must stand."""
+"""From a checked configuration to the models at their start; process groups must stand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_prime.config import BatchSection, ModelName, RunConfig
 from megatron_prime.models.architecture import ModelShape, build_model
+from megatron_prime.models.critic import MegatronCritic
 from megatron_prime.models.engine import Engine
 from megatron_prime.models.guard import Guard
 from megatron_prime.models.policy import MegatronPolicy
@@ -18,13 +18,15 @@ from megatron_prime.models.reference import MegatronReference
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.weights.directories import weights_in
 from megatron_prime.weights.load import load, load_hf
+from megatron_prime.weights.shape import shape_of
 from megatron_prime.weights.source import MegatronWeights
 
 
 def policy_of(config: RunConfig) -> MegatronPolicy:
     """The policy, at its start."""
-    engine = trained(config, "policy", config.policy, config.rollout.temperature)
-    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
+    engine = trained(config, "policy", config.policy, config.rollout.temperature, config.run.steps)
+    masks = config.filter.truncated == "mask"
+    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"), masks)
 
 
 def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:
@@ -33,15 +35,27 @@ def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:
         chunks, shape = loaded(config, "prm")
         frozen = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
         return FrozenPrm(frozen, Guard(config, "prm"))
-    engine = trained(config, "prm", config.prm, 1.0)
+    return trained_prm(config, config.run.steps)
+
+
+def trained_prm(config: RunConfig, steps: int) -> MegatronPrm:
+    """The PRM with its optimizer, at the start of `steps` updates."""
+    engine = trained(config, "prm", config.prm, 1.0, steps)
     return MegatronPrm(engine, config.prm, Guard(config, "prm"))
 
 
 def reference_of(config: RunConfig) -> MegatronReference:
-    """The reference; its micro-batches are as large as the PRM's."""
+    """The reference."""
     chunks, shape = loaded(config, "reference")
-    engine = Engine(chunks, shape, config.prm.micro_batch_tokens, temperature=1.0)
+    tokens = config.batches_of("reference").micro_batch_tokens
+    engine = Engine(chunks, shape, tokens, temperature=1.0)
     return MegatronReference(engine, Guard(config, "reference"))
+
+
+def critic_of(config: RunConfig) -> MegatronCritic:
+    """The critic, at its start."""
+    engine = trained(config, "critic", config.critic, 1.0, config.run.steps)
+    return MegatronCritic(engine, config.critic, Guard(config, "critic"))
 
 
 def sft_engine(config: RunConfig) -> TrainableEngine:
@@ -55,23 +69,17 @@ def sft_engine(config: RunConfig) -> TrainableEngine:
 
 
 def trained(
-    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float
+    config: RunConfig, name: ModelName, knobs: BatchSection, temperature: float, steps: int
 ) -> TrainableEngine:
-    """A model with optimizer, from a Hugging Face checkpoint."""
+    """A model with optimizer and a schedule of `steps`, from a Hugging Face checkpoint."""
     chunks, shape = loaded(config, name)
-    steps, precision = config.run.steps, config.precision.of(name)
+    precision = config.precision.of(name)
     return TrainableEngine(chunks, shape, knobs, temperature, steps, precision)
-
-
-def hf_of(config: RunConfig, name: ModelName) -> Path:
-    """The checkpoint that a model starts from."""
-    return (config.prm.hf or config.model.hf) if name == "prm" else config.model.hf
 
 
 def loaded(config: RunConfig, name: ModelName) -> tuple[list[Any], ModelShape]:
     """This rank's parts of a model."""
-    hf = hf_of(config, name)
-    shape = ModelShape.from_hf(hf, config.parallel.tp)
+    shape = shape_of(config, name)
     chunks = build_model(shape, config.precision.of(name), config.megatron)
     start(chunks, config, name, shape)
     return chunks, shape
@@ -81,8 +89,9 @@ def start(
     chunks: Sequence[torch.nn.Module], config: RunConfig, name: ModelName, shape: ModelShape
 ) -> None:
     """Fill a model with the weights that it starts from."""
-    hf, weights = hf_of(config, name), config.model.weights
+    hf, weights = config.hf_of(name), config.model.weights
     if weights is None or hf != config.model.hf:
         load_hf(chunks, hf, shape)
     else:
-        load(chunks, MegatronWeights(weights_in(weights, "policy").folder, shape), shape)
+        of_policy = shape_of(config, "policy")
+        load(chunks, MegatronWeights(weights_in(weights, "policy").folder, of_policy), shape)

@@ -39,10 +39,11 @@ from megatron_prime.types import (
     TokenSequence,
     TrainBatch,
 )
+from megatron_prime.value_batch import ValueBatch
 from megatron_prime.weights.export import export_hf
 from megatron_prime.weights.load import load_hf
 
-Batch = RolloutBatch | ScoredBatch | TrainBatch
+Batch = RolloutBatch | ScoredBatch | TrainBatch | ValueBatch
 
 KEPT = 3  # broken batches of one model that are saved; more of them tell nothing new
 
@@ -52,7 +53,7 @@ class Guard:
     """Runs one model's forwards and steps, and keeps what broke."""
 
     config: RunConfig
-    model: str  # "policy", "prm", "reference" or "sft"
+    model: str  # "policy", "prm", "reference", "critic" or "sft"
     skipped: int = 0  # mini-batches of the present update that were left out
 
     def logprobs(self, engine: Engine, batch: RolloutBatch) -> Tensor:
@@ -111,7 +112,7 @@ def rollouts_of(batch: Batch) -> RolloutBatch:
     """The rollouts inside any batch."""
     if isinstance(batch, TrainBatch):
         return batch.scored.rollouts
-    return batch.rollouts if isinstance(batch, ScoredBatch) else batch
+    return batch if isinstance(batch, RolloutBatch) else batch.rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ def save(folder: Path, config: RunConfig, model: str, engine: Engine, batch: Bat
         saved = {"model": model, "loss_scale": scale, "batch": _plain(batch)}
         torch.save(saved, folder / "batch.pt")
         (folder / "config.toml").write_text(describe(config) + "\n")
-    source = (config.prm.hf if model == "prm" else None) or config.model.hf
+    source = config.own_hf(model) or config.model.hf
     export_hf(engine.modules, engine.shape, source, folder / "weights")
 
 
@@ -158,6 +159,9 @@ def _plain(batch: Batch) -> dict[str, Any]:
     if isinstance(batch, TrainBatch):
         rest = {"process_rewards": batch.process_rewards, "advantages": batch.advantages}
         return {"scored": _plain(batch.scored), **rest}
+    if isinstance(batch, ValueBatch):
+        rest = {"values": batch.values, "returns": batch.returns}
+        return {"rollouts": _plain(batch.rollouts), **rest}
     if isinstance(batch, ScoredBatch):
         return {
             "rollouts": _plain(batch.rollouts),
@@ -173,6 +177,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
         "response_mask": batch.response_mask,
         "outcome_rewards": batch.outcome_rewards,
         "rollout_logprobs": batch.rollout_logprobs,
+        "truncated": batch.truncated,
     }
 
 
@@ -180,6 +185,8 @@ def _rebuilt(saved: dict[str, Any]) -> Any:
     """The batch that `_plain` took apart."""
     if "scored" in saved:
         return TrainBatch(**{**saved, "scored": _rebuilt(saved["scored"])})
+    if "returns" in saved:
+        return ValueBatch(**{**saved, "rollouts": _rebuilt(saved["rollouts"])})
     if "rollouts" in saved:
         old = OldLogprobs(**saved["old_logprobs"])
         rollouts = _rebuilt(saved["rollouts"])

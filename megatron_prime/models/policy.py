@@ -32,12 +32,19 @@ class MegatronPolicy:
     """The Policy role on a Megatron-core engine."""
 
     def __init__(
-        self, engine: TrainableEngine, knobs: PolicySection, seed: int, guard: Guard
+        self,
+        engine: TrainableEngine,
+        knobs: PolicySection,
+        seed: int,
+        guard: Guard,
+        masks_truncated: bool = False,
     ) -> None:
+        """`masks_truncated`: responses that were cut have no loss."""
         self.engine = engine
         self.guard = guard
         self.knobs = knobs
         self.seed = seed
+        self.masks_truncated = masks_truncated
         self.version = 0
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
@@ -75,13 +82,14 @@ class MegatronPolicy:
         seen = torch.zeros(rollouts.response_mask.shape)  # by the training forwards
         metrics, steps = [], []
         for rows in order.split(size):
-            part = MiniBatch.of(rollouts, rows)
+            part = self.part_of(rollouts, rows)
             loss = self.loss_of(batch, part)
             step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is not None:
                 steps.append(step)
                 seen[rows] = step.logprobs[rows]
-                metrics.append((part, self._metrics(batch, rows, step)))
+                if len(learning := self._learning(rollouts, rows)):
+                    metrics.append((part, self._metrics(batch, learning, step)))
             elif not scored.known[rows].all():  # the first: no weight has changed
                 found = self.logprobs(rollouts.select(rows))
                 seen[rows, : found.shape[1]] = found
@@ -89,7 +97,23 @@ class MegatronPolicy:
         old = scored.or_else(seen)
         shown = combine(metrics) | {"policy/lr": rate} | self._importance_metrics(rollouts, old)
         shown |= loss_scaling("policy", self.engine.precision, steps)
+        if self.masks_truncated:
+            shown["policy/masked"] = 1 - self._learns(rollouts).float().mean().item()
         return PolicyUpdate(old, shown | self.guard.end_update(len(steps)))
+
+    def part_of(self, rollouts: RolloutBatch, rows: Tensor) -> MiniBatch:
+        """How much of the mini-batch `rows` (int64 [n]) has a loss."""
+        return MiniBatch.of(rollouts, self._learning(rollouts, rows))
+
+    def _learning(self, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
+        """Those of `rows` (int64 [n]) that have a loss."""
+        return rows[self._learns(rollouts)[rows]]
+
+    def _learns(self, rollouts: RolloutBatch) -> Tensor:
+        """Whether a response has a loss: bool [N]."""
+        if self.masks_truncated and rollouts.truncated is not None:
+            return ~rollouts.truncated
+        return torch.ones(len(rollouts.sequences), dtype=torch.bool)
 
     def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""
@@ -98,6 +122,11 @@ class MegatronPolicy:
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's loss: clipped, less entropy, plus KL."""
         options, rollouts = self.knobs.loss, batch.scored.rollouts
+        learns = self._learns(rollouts)[forward.rows.cpu()]
+        if not learns.all():
+            forward = forward.select(learns.to(forward.rows.device))
+        if not len(forward.rows):
+            return forward.logprobs.sum()  # 0, and so is its gradient
         advantages, mask, of_engine = part.cut(
             forward, batch.advantages, rollouts.response_mask, rollouts.rollout_logprobs
         )

@@ -1,12 +1,19 @@
-"""The frozen model in the PRM's log-ratio: the SFT weights, never trained."""
+"""The frozen model in the PRM's log-ratio and the policy's KL: the SFT weights, never trained.
+
+What it says of a sequence never changes. Where the sequences are known beforehand, as in the
+offline training of a PRM, it may speak once and go: `RememberedReference` has its log-probs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from megatron_prime.models.engine import Engine
 from megatron_prime.models.guard import Guard
-from megatron_prime.types import RolloutBatch
+from megatron_prime.types import RolloutBatch, TokenSequence
 
 
 class MegatronReference:
@@ -21,3 +28,23 @@ class MegatronReference:
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the responses at temperature 1: float32 [N, T]."""
         return self.guard.logprobs(self.engine, batch)
+
+
+class RememberedReference:
+    """A ScoringModel of sequences that are known by heart, without a model."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], logprobs: Tensor) -> None:
+        """`logprobs` (float32 [tokens]) of all responses, one after the other.
+
+        ValueError unless they are as many as the response tokens.
+        """
+        lengths = [sequence.response_length for sequence in sequences]
+        if len(logprobs) != sum(lengths):
+            raise ValueError(f"found {len(logprobs)} log-probs, wanted {sum(lengths)}")
+        self._of = dict(zip(sequences, logprobs.split(lengths), strict=True))
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probs of the responses at temperature 1: float32 [N, T]."""
+        found = torch.zeros(batch.response_mask.shape)
+        found[batch.response_mask] = torch.cat([self._of[sequence] for sequence in batch.sequences])
+        return found

@@ -45,7 +45,7 @@ class StepResult:
     updated: bool  # False when fp16 gradients overflowed: the step was skipped, the scale adapted
     loss: float
     grad_norm: float  # before clipping; NaN of a skipped step
-    logprobs: Tensor  # float32 [N, T], from the training forward, before the step
+    logprobs: Tensor  # float32 [N, T], from the training forward, before the step; or values
     entropy: Tensor  # float32 [N, T]
     loss_scale: float = 1.0  # that this step's gradients were scaled by; 1 but for fp16
 
@@ -135,7 +135,7 @@ class TrainableEngine(Engine):
         forward_is_finite = math.isfinite(value) and bool(logprobs.isfinite().all())
         scale = float(self.optimizer.get_loss_scale())
         if not forward_is_finite or not (self._can_skip() or self._gradients_are_finite()):
-            found = broken_rows(outputs) + self._broken_gradients()
+            found = broken_rows(outputs, self.gives) + self._broken_gradients()
             raise NotFinite(
                 f"a mini-batch of {len(rows)} rollouts gave numbers that are not finite (loss "
                 f"{value}, scaled by {scale:g}); no weight was changed:\n{culprits(found)}\n"

@@ -189,6 +189,8 @@ def logits_bytes(
     At a temperature other than 1 they are divided in fp32 first; half-precision ones have a
     gradient of their own. Under sequence parallelism those of all tokens are made first.
     """
+    if shape.value_head:  # values, and the loss's few fp32 numbers of each
+        return 8 * _FP32 * (tokens if how.sequence_parallel else wanted)
     columns = shape.padded_vocab_size // how.sizes.tp
     b = how.value_bytes
     at_loss = b + 2 * _FP32
@@ -201,11 +203,12 @@ def logits_bytes(
 
 
 def _head_bytes(shape: ModelShape, how: Computation, tokens: int, wanted: int) -> int:
-    """The final norm and the input of the output layer."""
+    """The final norm and the input of the output layer; a value head's is copied to fp32."""
     b, h = how.value_bytes, shape.hidden_size
     norm = how.share * ((b * h if how.transformer_engine else 2 * _FP32 * h) + _FP32)
     rows = tokens * how.share if how.sequence_parallel else wanted
-    return round(tokens * norm + b * h * rows)
+    copies = b + _FP32 * (shape.value_head and b < _FP32)
+    return round(tokens * norm + copies * h * rows)
 
 
 def _forward_peak(shape: ModelShape, how: Computation, tokens: int) -> int:
@@ -223,7 +226,8 @@ def _backward_peak(shape: ModelShape, how: Computation, tokens: int) -> tuple[in
     """
     tp, b, h = how.sizes.tp, how.value_bytes, shape.hidden_size
     f, columns = shape.ffn_size // tp, shape.padded_vocab_size // tp
-    at_an_end = how.is_last or how.stage == 0
+    makes_logits = how.is_last and not shape.value_head
+    at_an_end = makes_logits or how.stage == 0
     matrix = b * h * max(2 * f, columns if at_an_end else 0)
     recomputed = 0
     if how.recompute == "full":
@@ -232,4 +236,4 @@ def _backward_peak(shape: ModelShape, how: Computation, tokens: int) -> tuple[in
     elif how.recompute == "selective" and "mlp" in how.recompute_modules:
         recomputed = tokens * b * (3 if how.fused_swiglu else 5) * f
     in_layer = tokens * b * (3 * f + 2 * h) + matrix + recomputed
-    return in_layer, b * columns * (tokens + h) if how.is_last else 0
+    return in_layer, b * columns * (tokens + h) if makes_logits else 0

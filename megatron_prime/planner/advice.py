@@ -98,7 +98,9 @@ def _smaller_packs(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     least = -(-longest // config.parallel.cp)
     changed, lines = config, []
-    for table in ("policy", "prm"):
+    for table in config.models:
+        if table == "reference":  # its packs are the PRM's
+            continue
         now = getattr(config, table).micro_batch_tokens
         if (tokens := max(least, now // 2)) < now:
             changed = _with(changed, table, micro_batch_tokens=tokens)

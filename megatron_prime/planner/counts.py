@@ -4,7 +4,8 @@ Pipeline stage p of P holds, with V virtual stages, the V chunks p, p + P, p + 2
 Tensor parallelism cuts the matrices of a layer and the vocabulary; norms are the same on all its
 ranks. The embedding is on the first stage, the final norm and the output layer on the last; a tied
 output layer is the embedding itself where both are on one stage, and a second copy of it where not
-(megatron/core/models/gpt/gpt_model.py, .../language_module.py). The order is that of Megatron's
+(megatron/core/models/gpt/gpt_model.py, .../language_module.py). A critic has a value head in its
+place, h values that every tensor-parallel rank has. The order is that of Megatron's
 `named_parameters`, which decides how gradients are cut into buckets.
 
     attention  (q + 2 kv) h + q h       q, kv: widths of all query heads and all key or value heads
@@ -94,7 +95,9 @@ def _chunk(
         yield from _layer(shape, tp, layer)
     if is_last:
         yield Parameter("decoder.final_layernorm.weight", shape.hidden_size)
-        if split_tie or not shape.tied_embeddings:
+        if shape.value_head:
+            yield Parameter("output_layer.weight", shape.hidden_size)
+        elif split_tie or not shape.tied_embeddings:
             yield Parameter("output_layer.weight", vocabulary, is_shared_embedding=split_tie)
 
 

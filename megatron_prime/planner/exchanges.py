@@ -7,6 +7,8 @@ the whole tensor: what is reduced, what is gathered together or scattered, what 
     TP   forward   the embedding's sums and 2 per layer: S h b each, all-reduced
                    log-probs: the maximum and 3 sums of n tokens in fp32
          backward  2 per layer, and the output layer's n h b, all-reduced
+         a critic has no log-probs, and its values need no exchange; with sequence parallelism they
+         are gathered forward, S in fp32
          with sequence parallelism an all-reduce is a reduce-scatter or an all-gather, or both: per
                    layer 2 + 2 forward, and backward 2 + 2 and the 2 inputs gathered again;
                    gradients of norms, which each rank has a part of, are all-reduced
@@ -70,14 +72,15 @@ class Exchanges:
         if sizes.tp == 1:
             return Counter()
         layers, hidden = shape.num_layers // sizes.pp, self._hidden(pack.tokens)
-        embedding, head = hidden * self._is_first, self._is_last
+        embedding, head = hidden * self._is_first, self._is_last and not shape.value_head
+        values = _FP32 * pack.tokens * (self._is_last and shape.value_head)
         logprobs = 4 * _FP32 * pack.wanted * head
         if not self._sequence_parallel:
             sums = embedding + 2 * layers * hidden + logprobs
             if backward:
                 sums += 2 * layers * hidden + head * self._hidden(pack.wanted)
             return Counter({"tp all_reduce": sums})
-        gathered = 2 * layers * hidden + head * hidden
+        gathered = 2 * layers * hidden + head * hidden + values
         scattered = embedding + 2 * layers * hidden
         if backward:
             gathered += embedding + 4 * layers * hidden + head * hidden
@@ -143,7 +146,8 @@ class Exchanges:
         its heads'."""
         heads = parameter.name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
         norm = parameter.name.endswith("norm.weight")
-        return heads or (norm and self._sequence_parallel)
+        value_head = self.trainer.shape.value_head and parameter.name == "output_layer.weight"
+        return heads or ((norm or value_head) and self._sequence_parallel)
 
     def _hidden(self, tokens: int) -> int:
         return tokens * self.trainer.shape.hidden_size * self._value

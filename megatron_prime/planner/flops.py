@@ -5,7 +5,7 @@ the widths of all query heads and all key or value heads, h the hidden and f the
 
     linears    2 (h (q + 2 kv) + q h + 3 h f)
     attention  4 q (scores and their sum, per key that a token sees: i keys at position i)
-    output     2 h V, for the tokens whose logits are wanted
+    output     2 h V (a critic: 2 h), for the tokens whose logits are wanted
 
 A backward pass is twice that. Norms, RoPE and the rest move bytes, and are in the share of the
 peak that matrix products achieve. Packs have no padding and attention stays inside each sequence.
@@ -68,5 +68,5 @@ def forward_flops(shape: ModelShape, load: Load) -> Flops:
     return Flops(
         linears=2.0 * linear_values(shape) * shape.num_layers * load.tokens,
         attention=4.0 * q * shape.num_layers * load.seen_keys,
-        head=2.0 * shape.hidden_size * shape.padded_vocab_size * load.wanted,
+        head=2.0 * shape.hidden_size * shape.output_size * load.wanted,
     )

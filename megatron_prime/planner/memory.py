@@ -1,6 +1,6 @@
 """The memory of a run: per rank what is kept, per phase how much there is at the worst moment.
 
-Three models share the devices with the rollout engine. `states.py` says what each keeps,
+Three models or four share the devices with the rollout engine. `states.py` says what each keeps,
 `activations.py` what its micro-batches need, `residency.py` what lies on the device when; here they
 are added up, from a run's configuration and the config.json of its models.
 
@@ -17,7 +17,6 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from megatron_prime.config import (
-    BatchSection,
     ConfigError,
     ModelName,
     ParallelSizes,
@@ -30,9 +29,11 @@ from megatron_prime.planner.engine_bytes import engine_bytes, longest_sequence
 from megatron_prime.planner.residency import (
     GENERATE,
     NEEDED,
+    OF_MODEL,
     PHASES,
     RESIDENT,
     SCORE,
+    UPDATE_CRITIC,
     UPDATE_POLICY,
     UPDATE_PRM,
     Buffers,
@@ -40,7 +41,7 @@ from megatron_prime.planner.residency import (
 )
 from megatron_prime.planner.states import Sharding, StateBytes, frozen_bytes, trained_bytes
 from megatron_prime.precision_rules import token_multiple
-from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.shape import ModelShape, shape_of
 
 GIB = 2**30
 _STEP_BYTES = 8  # torch's AdamW on a CPU, per value of the tensor being stepped
@@ -119,6 +120,7 @@ class MemoryPlan:
 WORK: Mapping[str, tuple[str, ...]] = {
     SCORE: ("policy.scoring", "reference.scoring"),
     UPDATE_PRM: ("prm.activations", "prm.scoring", "prm.step"),
+    UPDATE_CRITIC: ("critic.activations", "critic.scoring", "critic.step"),
     UPDATE_POLICY: ("policy.activations", "policy.step"),
 }
 
@@ -174,7 +176,7 @@ def make_plan(
     phases = [
         max((_phase(phase, rank, table) for rank in ranks), key=lambda p: p.device)
         for phase in PHASES
-        if config.uses_prm or phase != UPDATE_PRM
+        if OF_MODEL.get(phase, "policy") in config.models
     ]
     return MemoryPlan(machine, world_size, ranks, tuple(phases))
 
@@ -214,17 +216,13 @@ class _Planner:
         self, config: RunConfig, dp_size: int, machine: Machine, table: Mapping[str, Buffers]
     ) -> None:
         self.config, self.dp_size, self.machine, self.table = config, dp_size, machine, table
-        tp = config.parallel.tp
-        policy = ModelShape.from_hf(config.model.hf, tp)
-        self.shapes: dict[ModelName, ModelShape] = dict.fromkeys(config.models, policy)
-        if config.uses_prm and config.prm.hf is not None:
-            self.shapes["prm"] = ModelShape.from_hf(config.prm.hf, tp)
+        self.shapes = {name: shape_of(config, name) for name in config.models}
         self.longest = longest_sequence(config)
         self._activation = cache(self._activations)
         in_fp32 = frozenset(n for n in self.shapes if config.precision.of(n).dtype == "fp32")
         self._on_host = on_host(table, in_fp32 | config.frozen)
         free = machine.device_bytes - machine.reserve_bytes - self._beside_servers()
-        self._engine = engine_bytes(config, policy, free, machine.on_gpu)
+        self._engine = engine_bytes(config, self.shapes["policy"], free, machine.on_gpu)
 
     def rank(self, number: int, place: Place) -> RankPlan:
         """What a rank keeps, and what its work needs."""
@@ -281,7 +279,7 @@ class _Planner:
 
     def _activations(self, name: ModelName, stage: int) -> ActivationBytes:
         config, precision = self.config, self.config.precision.of(name)
-        knobs: BatchSection = config.policy if name == "policy" else config.prm
+        knobs = config.batches_of(name)
         sizes, on_gpu = config.parallel, self.machine.on_gpu
         temperature = config.rollout.temperature if name == "policy" else 1.0
         how = Computation.of(config.megatron, sizes, stage, precision, temperature, on_gpu)

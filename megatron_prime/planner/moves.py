@@ -17,7 +17,7 @@ from megatron_prime.planner.memory import MemoryPlan, RankPlan
 from megatron_prime.planner.residency import KEPT, WITHOUT_MASTERS, WRITTEN, Table
 from megatron_prime.planner.training import Seconds, Trainer, add
 
-_TRAINED: tuple[ModelName, ...] = ("policy", "prm")
+_TRAINED: tuple[ModelName, ...] = ("policy", "prm", "critic")
 
 
 @dataclass(frozen=True, slots=True)

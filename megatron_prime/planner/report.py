@@ -148,12 +148,14 @@ def search_json(found: Search, top: int) -> dict[str, Any]:
 
 def search_table(found: Search, top: int, basis: str) -> str:
     """The first `top` layouts, and the best one's lines for the TOML file."""
+    critic = any(layout.step.of("update_critic") for layout in found.layouts)
     lines = [
         f"{found.fitting} of {found.tried} layouts fit; the fastest predicted ones",
         f"{'':4}{'TP':>3}{'PP':>4}{'CP':>4}{'DP':>5}{'eng TP':>8}{'seq par':>9}{'recompute':>11}"
-        f"{'offload':>9}{'GiB':>7}{'gen':>8}{'score':>8}{'PRM':>8}{'policy':>8}{'sync':>7}"
+        f"{'offload':>9}{'GiB':>7}{'gen':>8}{'score':>8}{'PRM':>8}"
+        f"{'critic' * critic:>{8 * critic}}{'policy':>8}{'sync':>7}"
         f"{'step s':>9}{'tokens/s/GPU':>14}",
-        *(_row(number, layout) for number, layout in enumerate(found.layouts[:top], 1)),
+        *(_row(number, layout, critic) for number, layout in enumerate(found.layouts[:top], 1)),
     ]
     if not found.fitting:
         lines[0] = f"none of {found.tried} layouts fits; the one that needs least"
@@ -161,8 +163,9 @@ def search_table(found: Search, top: int, basis: str) -> str:
     return "\n".join([*lines, "", "the first one's lines for the TOML file:", *first, "", basis])
 
 
-def _row(number: int, layout: Layout) -> str:
-    names = ("generate", "score", "update_prm", "update_policy", "sync_weights")
+def _row(number: int, layout: Layout, critic: bool) -> str:
+    own = ("update_critic",) if critic else ()
+    names = ("generate", "score", "update_prm", *own, "update_policy", "sync_weights")
     phases = [layout.step.of(name) for name in names]
     seconds = [f"{phase.seconds:.1f}" if phase else "-" for phase in phases]
     return (

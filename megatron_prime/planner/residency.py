@@ -15,21 +15,26 @@ from collections.abc import Iterable, Mapping
 Buffers = frozenset[str]
 Table = Mapping[str, Buffers]  # by phase
 
-GENERATE, SCORE, UPDATE_PRM, UPDATE_POLICY, SYNC_WEIGHTS, EVALUATE, CHECKPOINT = PHASES = (
+PHASES = (
     "generate",  # the names of protocols.Phase, which can't be imported without torch
     "score",
     "update_prm",
+    "update_critic",
     "update_policy",
     "sync_weights",
     "evaluate",
     "checkpoint",
 )
+GENERATE, SCORE, UPDATE_PRM, UPDATE_CRITIC, UPDATE_POLICY, *_OTHERS = PHASES
+SYNC_WEIGHTS, EVALUATE, CHECKPOINT = _OTHERS
+OF_MODEL: Mapping[str, str] = {UPDATE_PRM: "prm", UPDATE_CRITIC: "critic"}  # not in all runs
 START = "start"  # before the first phase
 MOVES: Mapping[str, frozenset[str]] = {  # what may follow what
     START: frozenset({SYNC_WEIGHTS, GENERATE, EVALUATE}),
     GENERATE: frozenset({SCORE, UPDATE_POLICY}),
-    SCORE: frozenset({UPDATE_PRM, UPDATE_POLICY}),
-    UPDATE_PRM: frozenset({UPDATE_POLICY}),
+    SCORE: frozenset({UPDATE_PRM, UPDATE_CRITIC, UPDATE_POLICY}),
+    UPDATE_PRM: frozenset({UPDATE_CRITIC, UPDATE_POLICY}),
+    UPDATE_CRITIC: frozenset({UPDATE_POLICY}),
     UPDATE_POLICY: frozenset({SYNC_WEIGHTS, GENERATE, EVALUATE, CHECKPOINT}),
     SYNC_WEIGHTS: frozenset({GENERATE, EVALUATE, CHECKPOINT}),
     EVALUATE: frozenset({GENERATE, CHECKPOINT}),
@@ -42,37 +47,44 @@ def _of(owner: str, *kinds: str) -> Buffers:
     return frozenset(f"{owner}.{kind}" for kind in kinds)
 
 
-POLICY, PRM = _of("policy", *STATES), _of("prm", *STATES)
+POLICY, PRM, CRITIC = (_of(owner, *STATES) for owner in ("policy", "prm", "critic"))
 REFERENCE = _of("reference", "weights", "fp8_copies")
 ENGINE = _of("engine", "weights", "kv_cache", "cuda_graphs")
 SYNC = _of("sync", "buffers")
-ALL = POLICY | PRM | REFERENCE | ENGINE | SYNC
+ALL = POLICY | PRM | CRITIC | REFERENCE | ENGINE | SYNC
 
 RESIDENT: Table = dict.fromkeys(PHASES, ALL)
 NEEDED: Table = {
     GENERATE: ENGINE | SYNC,
     SCORE: _of("policy", "weights", "fp8_copies") | REFERENCE | SYNC,
     UPDATE_PRM: PRM | SYNC,
+    UPDATE_CRITIC: CRITIC | SYNC,
     UPDATE_POLICY: POLICY | SYNC,
     SYNC_WEIGHTS: _of("policy", "weights") | _of("engine", "weights") | SYNC,
     EVALUATE: ENGINE | SYNC,
     # Masters and moments are saved from the host; nobody could give the engine its weights back.
-    CHECKPOINT: _of("policy", "weights") | _of("prm", "weights") | _of("engine", "weights") | SYNC,
+    CHECKPOINT: frozenset(f"{owner}.weights" for owner in ("policy", "prm", "critic", "engine"))
+    | SYNC,
 }
 _NOT_TO_SCORE = _of("policy", "weights", "fp8_copies")
 WRITTEN: Table = {  # what a phase changes; elsewhere a copy on the host stays good
     UPDATE_PRM: PRM,
+    UPDATE_CRITIC: CRITIC,
     UPDATE_POLICY: POLICY,
 }
 MADE_FROM: Mapping[str, str] = {
     "policy.weights": "policy.masters",
     "prm.weights": "prm.masters",
+    "critic.weights": "critic.masters",
 }
 
-KEPT: Buffers = _of("policy", "masters", "moments") | _of("prm", "masters", "moments") | REFERENCE
+KEPT: Buffers = REFERENCE.union(
+    *(_of(owner, "masters", "moments") for owner in ("policy", "prm", "critic"))
+)
 WITHOUT_MASTERS: Mapping[str, Buffers] = {  # an fp32 model's weights are, a frozen one has none
     "policy": _of("policy", "weights"),
     "prm": _of("prm", "weights"),
+    "critic": _of("critic", "weights"),
 }
 
 
@@ -93,18 +105,23 @@ def on_host(table: Table, without_masters: frozenset[str]) -> Buffers:
 CHEAPEST_FIRST = (
     "policy.gradients",
     "prm.gradients",
+    "critic.gradients",
     "engine.kv_cache",
     "engine.cuda_graphs",
     "engine.weights",
     "policy.fp8_copies",
     "prm.fp8_copies",
+    "critic.fp8_copies",
     "reference.fp8_copies",
     "prm.weights",
+    "critic.weights",
     "policy.weights",
     "reference.weights",
     "prm.moments",
+    "critic.moments",
     "policy.moments",
     "prm.masters",
+    "critic.masters",
     "policy.masters",
 )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_prime.common_rules import CP, PP, TP, VPP
 from megatron_prime.config import ConfigError, RunConfig
 from megatron_prime.planner.engine_bytes import NoRoomForServers
 from megatron_prime.planner.lengths import Expectations
@@ -22,7 +23,7 @@ from megatron_prime.planner.rates import Rates
 from megatron_prime.planner.residency import Table
 from megatron_prime.planner.seconds import StepSeconds, predict
 from megatron_prime.planner.table import plan_of
-from megatron_prime.validate import CP, PP, TP, VPP, check
+from megatron_prime.validate import check
 from megatron_prime.weights.shape import ModelShape
 
 _POWERS = (1, 2, 4, 8)

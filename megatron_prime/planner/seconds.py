@@ -6,6 +6,7 @@ update costs, `training.py` says, what generation costs, `decoding.py`. Here the
     generate       rounds one after the other until enough prompts have passed the filter
     score          the reference's forward, and the policy's where its update can't give log-probs
     update_prm     mini-batches; a forward more for `prm.forward`, `prm.measure_after`, `prm.loss`
+    update_critic  a forward, mini-batches
     update_policy  mini-batches
     sync_weights   bytes that a rank gets, by the way they take, and four passes over them in device
                    memory (cut out, copied in, two checksums). `plan.py reshard` counts messages
@@ -31,18 +32,20 @@ from megatron_prime.planner.rates import Rates
 from megatron_prime.planner.residency import (
     EVALUATE,
     GENERATE,
+    OF_MODEL,
     SCORE,
     SYNC_WEIGHTS,
+    UPDATE_CRITIC,
     UPDATE_POLICY,
     UPDATE_PRM,
     Table,
 )
 from megatron_prime.planner.table import scored_share
 from megatron_prime.planner.training import Seconds, Trainer, add, times
-from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.shape import ModelShape, shape_of
 
 _SYNC_PASSES = 4  # over a rank's new weights in device memory
-_STEP = (GENERATE, SCORE, UPDATE_PRM, UPDATE_POLICY, SYNC_WEIGHTS)  # phases of every step
+_STEP = (GENERATE, SCORE, UPDATE_PRM, UPDATE_CRITIC, UPDATE_POLICY, SYNC_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +128,13 @@ def rollouts_of(
 def trainer_of(name: ModelName, config: RunConfig, world_size: int, rates: Rates) -> Trainer:
     """A model of a run on so many ranks."""
     sizes = config.parallel
-    own = config.prm.hf if name == "prm" else None
     return Trainer(
-        ModelShape.from_hf(own or config.model.hf, sizes.tp),
+        shape_of(config, name),
         sizes,
         world_size // sizes.replica,
         config.precision.of(name),
         config.megatron,
-        config.policy if name == "policy" else config.prm,
+        config.batches_of(name),
         rates,
     )
 
@@ -163,10 +165,11 @@ class _Predictor:
             GENERATE: self.rollouts.of_step() if self.generates else {},
             SCORE: self._score(),
             UPDATE_PRM: self._update_prm(),
+            UPDATE_CRITIC: self._update_critic(),
             UPDATE_POLICY: self.policy.update(self.load, self.rows),
             SYNC_WEIGHTS: self._sync(),
         }
-        names = [phase for phase in _STEP if self.config.uses_prm or phase != UPDATE_PRM]
+        names = [phase for phase in _STEP if OF_MODEL.get(phase, "policy") in self.config.models]
         found = tuple(
             PhaseSeconds(phase, work[phase], self.moves.into(names, number))
             for number, phase in enumerate(names)
@@ -197,6 +200,13 @@ class _Predictor:
         share = min(1.0, knobs.mini_batch_size / self.rows)  # once more, without FP8
         plain = replace(prm, precision=prm.precision.model_copy(update={"fp8": None}))
         return add(found, plain.forward(self.load * share, knobs.mini_batch_size))
+
+    def _update_critic(self) -> Seconds:
+        """A forward for the values, then the mini-batches."""
+        if "critic" not in self.config.models:
+            return {}
+        critic = self._trainer("critic")
+        return add(critic.forward(self.load, self.rows), critic.update(self.load, self.rows))
 
     def _sync(self) -> Seconds:
         """The busiest rank: what it gets from its node's other ranks and from other nodes."""

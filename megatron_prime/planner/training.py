@@ -157,7 +157,7 @@ class Trainer:
     def _values(self) -> float:
         """In the matrices of the stage that has most."""
         sizes, vocabulary = self.sizes, self.shape.hidden_size * self.shape.padded_vocab_size
-        both = sizes.pp == 1 and not self.shape.tied_embeddings
+        both = sizes.pp == 1 and not (self.shape.tied_embeddings or self.shape.value_head)
         layers = linear_values(self.shape) * self.shape.num_layers / sizes.pp
         return (layers + vocabulary * (2 if both else 1)) / sizes.tp
 

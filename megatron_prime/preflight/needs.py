@@ -120,7 +120,7 @@ def checkpoint_bytes(stages: list[Mapping[str, int]], tp: int, shards: int) -> i
     return tp * sum(
         times * kept.get(f"{model}.{kind}", 0)
         for kept in stages
-        for model in ("policy", "prm")
+        for model in ("policy", "prm", "critic")
         for kind, times in of.items()
     )
 

@@ -208,6 +208,7 @@ def sources(config: RunConfig) -> dict[str, Source]:
         "model.hf": config.model.hf,
         "model.weights": weights,
         "prm.hf": config.prm.hf,
+        "critic.hf": config.critic.hf,
         "data.train": config.data.train,
         "data.eval": config.data.eval,
     }

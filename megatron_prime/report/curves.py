@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#8A8A8A"
+SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A"
 COLUMNS = 3
 FEW_POINTS = 30  # as many get a marker each; more get a trend
 TREND_STEPS = 10
@@ -49,6 +49,20 @@ class Panel:
 
 PANELS = (
     Panel("Fine-tuning loss", "nats per token", (Curve("sft/loss"),)),
+    Panel("Held out: loss", "nats per token or answer", (Curve("held_out/loss"),)),
+    Panel(
+        "Held out: pairs ranked as labelled",
+        "share of pairs",
+        (Curve("held_out/pair_accuracy"),),
+        level=0.5,
+        level_label="chance",
+    ),
+    Panel(
+        "Held out: calibration of σ(R)",
+        "share of answers",
+        (Curve("held_out/calibration_error"),),
+        from_zero=True,
+    ),
     Panel(
         "Accuracy",
         "share of answers",
@@ -112,6 +126,13 @@ PANELS = (
     Panel(
         "PRM: policy updates since it learnt", "updates", (Curve("prm/staleness"),), from_zero=True
     ),
+    Panel(
+        "Critic: variance of returns explained",
+        "share",
+        (Curve("critic/explained_variance", "critic"),),
+        level=0.0,
+        level_label="a constant",
+    ),
     Panel("Clipped tokens", "share of tokens", (Curve("policy/clip_fraction"),), from_zero=True),
     Panel("Policy moved by the update", "approx. KL, nats per token", (Curve("policy/approx_kl"),)),
     Panel("Policy entropy", "nats per token", (Curve("policy/entropy"),)),
@@ -138,6 +159,7 @@ PHASES = (
     Curve("time/generate_s", "generate", SKY),
     Curve("time/score_s", "score", BLUE),
     Curve("time/update_prm_s", "update PRM", GREEN),
+    Curve("time/update_critic_s", "update critic", YELLOW),
     Curve("time/update_policy_s", "update policy", ORANGE),
     Curve("time/sync_weights_s", "sync weights", VERMILLION),
     Curve("time/evaluate_s", "evaluate", PURPLE),
@@ -199,7 +221,7 @@ def _draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
         if not steps:
             continue
         line = {"color": curve.color, "linewidth": 1.7, "label": curve.label}
-        if len(steps) <= FEW_POINTS or curve.metric.startswith("evaluate/"):
+        if len(steps) <= FEW_POINTS or curve.metric.startswith(("evaluate/", "held_out/")):
             axes.plot(steps, values, marker="o", markersize=3.5, **line)
         else:
             axes.plot(steps, values, color=curve.color, alpha=0.35, linewidth=0.7)

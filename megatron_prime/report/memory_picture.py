@@ -24,6 +24,7 @@ HUES = {
     "policy": "#0072B2",
     "prm": "#009E73",
     "reference": "#CC79A7",
+    "critic": "#D55E00",
 }
 OWNERS = {"engine": "rollout engine", "sync": "weight sync", "prm": "PRM"}
 KINDS = {  # how much of its hue each kind keeps; the rest is white

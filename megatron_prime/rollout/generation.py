@@ -122,6 +122,10 @@ class PassRunner:
         watches = [asyncio.ensure_future(watch) for watch in (self._probe(), self._look(enough))]
         try:
             await _all_or_first_error(workers, watches)
+            if sampling.temperature == 0:
+                # SGLang draws otherwise from the same seed while a greedy request is in the batch,
+                # and one that it has just answered still is.
+                await self._client.drained(self._limits.hang_s)
         except (ServerLost, ServerSlow) as lost:  # restarted by the caller; the rest is asked again
             self._result.problem = str(lost)
         finally:

@@ -10,17 +10,15 @@ On a CPU SGLang goes through the same states but keeps its memory: buffers are o
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from megatron_prime.rollout.engine_group import EngineGroup
 from megatron_prime.rollout.sglang_answers import SglangError
-from megatron_prime.rollout.sglang_client import ServerRefused, SglangClient
+from megatron_prime.rollout.sglang_client import SglangClient
 from megatron_prime.rollout.weight_sync import Problem
 from megatron_prime.runtime.memory import Buffer
 
 TAGS = {"weights": "weights", "kv_cache": "kv_cache", "cuda_graphs": "cuda_graph"}  # by our kind
-_POLL_S = 0.05
 
 
 class ServerMemory:
@@ -126,14 +124,6 @@ def server_buffers(
 
 async def _quietly(client: SglangClient, verb: str, tags: Sequence[str], patience_s: float) -> None:
     """Wait until the server is idle, then ask. Raises SglangError."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience_s
-    while verb == "release":
-        try:
-            await client.flush_cache()
-            break
-        except ServerRefused:  # it still works on something
-            if loop.time() > deadline:
-                raise
-            await asyncio.sleep(_POLL_S)
+    if verb == "release":
+        await client.drained(patience_s)
     await client.occupy(verb, tags, patience_s)

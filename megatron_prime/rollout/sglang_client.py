@@ -38,6 +38,7 @@ PRIME_FROM = 32  # tokens in common from which it pays to send a prompt ahead
 # Sampling from the whole softmax, whatever the model's generation_config.json recommends.
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 CONTROL_S = 30.0  # for calls that do no work to speak of
+_POLL_S = 0.05
 _WAS_ABORTED = "was aborted"  # of SGLang's answer to a call that was aborted before it was queued
 
 
@@ -189,6 +190,21 @@ class SglangClient:
     async def flush_cache(self, timeout_s: float = CONTROL_S) -> None:
         """Forget all prefixes. Raises ServerRefused while there are requests."""
         await self._call("POST", "/flush_cache", {}, timeout_s)
+
+    async def drained(self, patience_s: float) -> None:
+        """Wait until the server has let go of all requests, those it has answered, too.
+
+        It forgets all prefixes. Raises ServerSlow when it still has one after `patience_s`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_s
+        while True:
+            try:
+                return await self.flush_cache()
+            except ServerRefused as error:  # it still works on something
+                if loop.time() > deadline:
+                    raise ServerSlow(f"not idle after {patience_s:g} s: {error}") from error
+                await asyncio.sleep(_POLL_S)
 
     async def occupy(self, verb: str, tags: Sequence[str], timeout_s: float) -> None:
         """`release` the device memory of `tags`, or `resume` it. The server must be idle."""

@@ -30,6 +30,8 @@ HEADLINES = (
     Headline("policy/outcome_return_mean", "outcome {:.3f}"),
     Headline("prm/process_return_mean", "process {:+.3f}"),
     Headline("prm/pair_accuracy_before", "PRM pairs {:.2f}"),
+    Headline("held_out/loss", "held-out loss {:.4f}"),
+    Headline("held_out/pair_accuracy", "held-out pairs {:.2f}"),
     Headline("rollout/response_length_mean", "length {:.0f}"),
     Headline("rollout/tokens_per_s", "{:,.0f} tokens/s"),
     Headline("sft/tokens_per_s", "{:,.0f} tokens/s"),

@@ -116,6 +116,7 @@ def knob(phase: str) -> str:
         "evaluate": "sglang.mem_fraction_static or rollout.batch_size, lower",
         "score": "policy.micro_batch_tokens and prm.micro_batch_tokens, lower",
         "update_prm": "prm.micro_batch_tokens, lower",
+        "update_critic": "critic.micro_batch_tokens, lower",
         "update_policy": "policy.micro_batch_tokens, lower",
         "sync_weights": "rollout.sync_bucket_mib, lower",
         "checkpoint": "more ranks per model",

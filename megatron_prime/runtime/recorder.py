@@ -21,8 +21,8 @@ from megatron_prime.runtime.console import TimeLeft, mismatch_line, open_display
 from megatron_prime.runtime.rollout_files import write_step
 from megatron_prime.types import Metrics, VerifiedGroup
 
-_OF_STEPS = ("rollout", "verify", "filter", "prm", "policy", "time", "memory")
-STAGES = (*_OF_STEPS, "evaluate", "eval", "sft")
+_OF_STEPS = ("rollout", "verify", "filter", "prm", "critic", "policy", "time", "memory")
+STAGES = (*_OF_STEPS, "evaluate", "eval", "sft", "held_out")
 
 
 class MetricsError(RunError, ValueError):

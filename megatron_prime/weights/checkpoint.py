@@ -1,10 +1,10 @@
 """Everything that a run is, saved so that it is there whole or not at all.
 
     checkpoints/step_000016/
-        policy/  prm/        Megatron distributed checkpoints: weights, optimizer, schedule
-        rng/rank_00003.pt    random states of each rank
-        run.json             step, policy version, data cursor, surplus groups
-        manifest.json        size and checksum of all these files (see manifest.py); written last
+        policy/  prm/  critic/   Megatron distributed checkpoints: weights, optimizer, schedule
+        rng/rank_00003.pt        random states of each rank
+        run.json                 step, policy version, data cursor, surplus groups
+        manifest.json            size and checksum of all these files; written last
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a directory
 called `step_…` is always complete; only what happens to it later can harm it, and the manifest
@@ -27,42 +27,17 @@ from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prime.config import RunConfig
-from megatron_prime.config_file import flatten
 from megatron_prime.errors import OtherRankFailed, RunError
 from megatron_prime.protocols import Cursor, Trained, Versioned
 from megatron_prime.runtime.compat import megatron_calls, save_in_process
 from megatron_prime.types import LoopState
 from megatron_prime.weights import manifest, random_states
+from megatron_prime.weights.continuing import changed_knobs
 from megatron_prime.weights.manifest import Damage
 
 _LOOP_STATE = TypeAdapter(LoopState)
 _STEP = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ("writing_*", "removing_*")  # of a run that died while it saved
-
-# What may change when a run is continued: none of these changes what it computes.
-FREE = (
-    "run.folder",
-    "run.steps",
-    "run.timeout_s",
-    "run.lost_after_s",
-    "data.train",  # its content is compared by the prompt stream
-    "data.eval",
-    "rollout.batch_size",
-    "rollout.max_rounds",
-    "rollout.mismatch_alarm",
-    "policy.micro_batch_tokens",
-    "prm.micro_batch_tokens",
-    "verify.",
-    "evaluate.",
-    "checkpoint.",
-    "memory.",
-    "deadline.",
-    "sft.",
-    "debug.on_not_finite",
-    "debug.save_rollouts",
-    "megatron.",
-)
-
 
 Visit = Callable[[str], AbstractContextManager[None]]
 
@@ -77,15 +52,17 @@ class RunCheckpoints:
     def __init__(
         self,
         engines: Mapping[str, Trained],  # by the name of their subdirectory
-        policy: Versioned,
+        policy: Versioned | None,  # None: of a stage, which has no rollouts of a policy
         prompts: Cursor,
         config: RunConfig,
+        command: str = "train",
     ) -> None:
         self.folder = config.run.folder / "checkpoints"
         self.engines = engines
         self.policy = policy
         self.prompts = prompts
         self.config = config
+        self.command = command
         save_in_process()
 
     def save(self, state: LoopState) -> None:
@@ -176,7 +153,7 @@ class RunCheckpoints:
             raise CheckpointError(self._explain(damages, found))
         try:
             saved = json.loads((newest / "run.json").read_text())
-            self._check_config(saved["config"])
+            self._check_config(saved)
             for name, engine in self.engines.items():
                 with visit(name) if visit else nullcontext(), megatron_calls():
                     wanted = engine.sharded_state_dict(is_loading=True)
@@ -184,7 +161,8 @@ class RunCheckpoints:
             rng = newest / "rng" / f"rank_{dist.get_rank():05d}.pt"
             if saved["world_size"] == dist.get_world_size():  # another layout starts new streams
                 random_states.restore(rng)
-            self.policy.version = saved["policy_version"]
+            if self.policy is not None:
+                self.policy.version = saved["policy_version"]
             self.prompts.load_state_dict(saved["prompts"])
             return _LOOP_STATE.validate_python(saved["loop"])
         except RunError:
@@ -232,18 +210,14 @@ class RunCheckpoints:
             moves.append(f"mv {checkpoint} {checkpoint.with_name('damaged_' + checkpoint.name)}")
         return f"{message}no other is whole; bring it back from a copy, or take another run.folder"
 
-    def _check_config(self, began_with: dict[str, Any]) -> None:
-        now = flatten(self.config.model_dump(mode="json"))
-        must = {"run": {"folder": "-"}, "model": {"hf": "-"}, "data": {"train": "-"}}
-        defaults = RunConfig.model_validate(must).model_dump(mode="json")
-        before = flatten(defaults) | flatten(began_with)  # a knob of later was at its default
-        cosine = "cosine" in (self.config.policy.schedule, self.config.prm.schedule)
-        free = tuple(knob for knob in FREE if not (cosine and knob == "run.steps"))
-        changed = [
-            f"{knob}: began with {before.get(knob)!r}, found {now.get(knob)!r}"
-            for knob in sorted(before.keys() | now.keys())
-            if before.get(knob) != now.get(knob) and not knob.startswith(free)
-        ]
+    def _check_config(self, saved: dict[str, Any]) -> None:
+        began_as = saved.get("command", "train")
+        if began_as != self.command:
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of the command {began_as}, which {self.command} "
+                "can't continue; take another run.folder"
+            )
+        changed = changed_knobs(self.command, saved["config"], self.config)
         if changed:
             raise CheckpointError(
                 f"{self.folder} holds a run with other knobs; set them back to continue it, or "
@@ -254,7 +228,8 @@ class RunCheckpoints:
         return {
             "config": self.config.model_dump(mode="json"),
             "loop": _LOOP_STATE.dump_python(state, mode="json"),
-            "policy_version": self.policy.version,
+            "command": self.command,
+            "policy_version": 0 if self.policy is None else self.policy.version,
             "prompts": self.prompts.state_dict(),
             "world_size": dist.get_world_size(),
         }

@@ -62,8 +62,8 @@ def weights_in(folder: Path, model: str) -> Weights:
 def hf_of(run_json: Path, model: str) -> Path:
     """The checkpoint that a model of a run started from."""
     config = run_state(run_json)["config"]
-    prm: str | None = config.get("prm", {}).get("hf") if model == "prm" else None
-    return Path(prm or config["model"]["hf"])
+    own: str | None = config.get(model, {}).get("hf") if model in ("prm", "critic") else None
+    return Path(own or config["model"]["hf"])
 
 
 def run_state(run_json: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ _QK_NORMS = (
 _EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCAB)
 _FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Layout.WHOLE)
 _OUTPUT = Entry("output_layer.weight", ("lm_head.weight",), Layout.VOCAB)
+# As transformers' models for sequence classification have it; every tensor-parallel rank has it.
+VALUE_HEAD = Entry("output_layer.weight", ("score.weight",), Layout.WHOLE)
 
 _LAYERS = {  # by ModelShape.family
     "llama": _LLAMA_LAYER,
@@ -80,7 +82,8 @@ def entries(shape: ModelShape) -> list[Entry]:
         for i in range(shape.num_layers)
         for entry in _LAYERS[shape.family]
     ]
-    return [_EMBEDDING, *layers, _FINAL_NORM, *([] if shape.tied_embeddings else [_OUTPUT])]
+    output = VALUE_HEAD if shape.value_head else _OUTPUT
+    return [_EMBEDDING, *layers, _FINAL_NORM, *([] if shape.tied_embeddings else [output])]
 
 
 def parameters_by_entry(
@@ -145,6 +148,7 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (shape.vocab_size, hidden),
         "model.norm.weight": (hidden,),
         "lm_head.weight": (shape.vocab_size, hidden),
+        "score.weight": (1, hidden),
     }
     return {
         name: outside[name] if name in outside else of_layer[name.split(".", 3)[3]]

@@ -50,6 +50,10 @@ class HfCheckpoint:
         for name in self.file_of:
             yield name, self.read(name, tuple(slice(0, length) for length in self.size(name)))
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self.file_of
+
     def size(self, name: str) -> tuple[int, ...]:
         """Shape of a whole tensor."""
         return tuple(self._slice(name).get_shape())

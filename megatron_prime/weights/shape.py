@@ -10,11 +10,11 @@ everything as long as no sequence is longer than it, so it only bounds the lengt
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.config import ConfigError
+from megatron_prime.config import ConfigError, ModelName, RunConfig
 from megatron_prime.families import MODEL_TYPES, max_positions, with_defaults
 
 
@@ -38,6 +38,7 @@ class ModelShape:
     tied_embeddings: bool  # the output layer is the embedding
     qk_norm: bool = False  # RMSNorm of each query and key head
     rope_scaling_factor: float | None = None  # of Llama 3.1's RoPE
+    value_head: bool = False  # a critic's: one number for each token in place of the vocabulary
 
     @classmethod
     def from_hf(cls, hf_dir: Path, tp: int = 1) -> ModelShape:
@@ -63,6 +64,21 @@ class ModelShape:
             return _from_config(config, path, tp)
         except KeyError as error:
             raise ConfigError(f"{path} lacks {error}; is it a whole checkpoint?") from error
+
+    def as_critic(self) -> ModelShape:
+        """The same model with a value head for its output layer, which nothing is tied to."""
+        return replace(self, tied_embeddings=False, value_head=True)
+
+    @property
+    def output_size(self) -> int:
+        """Outputs of the last layer over all tensor-parallel ranks: logits, padded, or a value."""
+        return 1 if self.value_head else self.padded_vocab_size
+
+
+def shape_of(config: RunConfig, name: ModelName) -> ModelShape:
+    """The shape of a run's model, as its own checkpoint has it; a critic's with its value head."""
+    shape = ModelShape.from_hf(config.hf_of(name), config.parallel.tp)
+    return shape.as_critic() if name == "critic" else shape
 
 
 def padded(vocab_size: int, tp: int) -> int:

@@ -89,6 +89,10 @@ class MegatronWeights:
         for name in self._entry_of:
             yield name, self.stretch(name)
 
+    def has(self, hf: str) -> bool:
+        """Whether there is such a tensor."""
+        return hf in self._entry_of
+
     def size(self, hf: str) -> tuple[int, ...]:
         """Shape of a whole tensor."""
         return self._sizes[hf]

@@ -22,9 +22,9 @@ class Vectors:
     def __init__(self, path):
         content = json.loads(path.read_text())
         inputs = content["inputs"]
-        self.prm, self.ref, self.old, self.new, self.outcomes = (
+        self.prm, self.ref, self.old, self.new, self.outcomes, self.values = (
             torch.tensor(inputs[key], dtype=torch.float64)
-            for key in ("logp_phi", "logp_ref", "old_logp", "new_logp", "acc")
+            for key in ("logp_phi", "logp_ref", "old_logp", "new_logp", "acc", "values")
         )
         self.mask = torch.tensor(inputs["mask"]).bool()
         self.group_size, self.beta = inputs["K"], inputs["beta"]

@@ -46,7 +46,7 @@ def test_writing_mends_a_changed_file(generator, tmp_path):
 
 
 def test_the_golden_file_agrees_with_the_shared_vectors(golden, shared):
-    for inputs in ("prm", "ref", "old", "new", "outcomes", "mask"):
+    for inputs in ("prm", "ref", "old", "new", "outcomes", "values", "mask"):
         assert torch.equal(getattr(golden, inputs), getattr(shared, inputs))
     common = golden._expected.keys() & shared._expected.keys() - {"filter.table"}
     assert len(common) >= 30

@@ -4,8 +4,8 @@
 writes FOLDER/rank<R>.json: {layout: {phase: {"counted": …, "formula": …, "planner": …}}}, bytes by
 "group operation"; the planner's are what a rank sends in an update, by group, if rollouts are
 `equal`ly long and packs full. A layout is written tp2.pp2.sp: tp, pp, cp and vpp with their sizes,
-`sp` for sequence parallelism, `zero` for the distributed optimizer; the ranks that a replica leaves
-are data-parallel.
+`sp` for sequence parallelism, `zero` for the distributed optimizer, `critic` for one that learns,
+too; the ranks that a replica leaves are data-parallel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ before_megatron_import()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_prime.config import (  # noqa: E402
+    CriticSection,
     ParallelSizes,
     PolicySection,
     PrecisionOptions,
@@ -41,6 +42,7 @@ from megatron_prime.config import (  # noqa: E402
 )
 from megatron_prime.models import training  # noqa: E402
 from megatron_prime.models.architecture import ModelShape, build_model  # noqa: E402
+from megatron_prime.models.critic import MegatronCritic  # noqa: E402
 from megatron_prime.models.engine import Engine  # noqa: E402
 from megatron_prime.models.guard import Guard  # noqa: E402
 from megatron_prime.models.micro_batch import cut  # noqa: E402
@@ -55,6 +57,7 @@ from megatron_prime.planner.training import Trainer  # noqa: E402
 from megatron_prime.runtime import distributed  # noqa: E402
 from megatron_prime.runtime.rendezvous import rendezvous_from  # noqa: E402
 from megatron_prime.types import RolloutBatch, ScoredBatch, TokenSequence, TrainBatch  # noqa: E402
+from megatron_prime.value_batch import ValueBatch  # noqa: E402
 from megatron_prime.weights.placement import EngineLayout, TrainingLayout  # noqa: E402
 from megatron_prime.weights.plan import make_plan  # noqa: E402
 from megatron_prime.weights.reshard import Reshard  # noqa: E402
@@ -71,12 +74,13 @@ class Layout:
     sizes: ParallelSizes
     sequence_parallel: bool
     distributed_optimizer: bool
+    critic: bool
 
     @classmethod
     def of(cls, name: str) -> Layout:
         sizes = {key: int(number) for key, number in re.findall(r"(tp|vpp|pp|cp)(\d+)", name)}
         words = name.split(".")
-        return cls(ParallelSizes(**sizes), "sp" in words, "zero" in words)
+        return cls(ParallelSizes(**sizes), *(word in words for word in ("sp", "zero", "critic")))
 
     @property
     def megatron(self) -> dict[str, Any]:
@@ -147,6 +151,14 @@ def prime_step(folder: Path, layout: Layout, equal: bool) -> dict[str, Any]:
     prm.update(scored)
     phase("update_prm", formulae.update(prm.engine, torch.arange(rows)))
     advantages = torch.where(batch.response_mask, 1.0, 0.0)
+    if layout.critic:
+        own, knobs = shape.as_critic(), CriticSection(**common)
+        critic = MegatronCritic(engine_of(own, layout, knobs), knobs, Guard(config, "critic"))
+        counted.take()  # what building it exchanged
+        critic.update(ValueBatch(batch, critic.values(batch), advantages))
+        of_critic = replace(formulae, exchanges=Exchanges(replace(trainer, shape=own), stage))
+        asked, taught = critic.engine, torch.arange(rows)
+        phase("update_critic", of_critic.forward(asked, batch) + of_critic.update(asked, taught))
     policy.update(TrainBatch(scored, None, advantages))
     phase("update_policy", formulae.update(policy.engine, order))
     found["update_policy"]["planner"] = planned(trainer, stage, batch)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from megatron_prime.benchmarks.records import EvaluationError, Records, Scored, Scores
+from megatron_prime.benchmarks.records import Records, Scored, Scores
+from megatron_prime.runtime.line_files import RecordsError
 
 OPTIONS = {"samples": 2, "temperature": 0.3}
 
@@ -64,7 +65,7 @@ def test_after_a_kill_at_any_byte_whole_chunks_are_left(path, seven):
 
 def test_other_options_are_refused_with_both_values(path, seven):
     written(path, seven[:3])
-    with pytest.raises(EvaluationError) as refused:
+    with pytest.raises(RecordsError) as refused:
         Records(path, {**OPTIONS, "temperature": 0.6}, 3, 7)
     assert "temperature: found 0.6, made with 0.3" in str(refused.value)
     assert str(path.parent) in str(refused.value)
@@ -75,14 +76,14 @@ def test_other_options_are_refused_with_both_values(path, seven):
 def test_records_that_nobody_noted_the_options_of_are_refused(path, seven):
     written(path, seven[:3])
     path.with_suffix(".json").unlink()
-    with pytest.raises(EvaluationError, match="samples: found 2, made with None"):
+    with pytest.raises(RecordsError, match="samples: found 2, made with None"):
         Records(path, OPTIONS, 3, 7)
 
 
 def test_a_line_that_is_no_record_is_refused(path, seven):
     written(path, seven[:3])
     path.write_text("{}\n" * 3)
-    with pytest.raises(EvaluationError, match="a line is no record"):
+    with pytest.raises(RecordsError, match="a line is no record"):
         Records(path, OPTIONS, 3, 7)
 
 

@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from megatron_prime.benchmarks.records import EvaluationError
 from megatron_prime.benchmarks.tasks import identity, record_of, seed_of, tasks_of
 from megatron_prime.config import RunConfig
 from megatron_prime.data.prompts import fingerprint
 from megatron_prime.rollout.sampling import uniforms
+from megatron_prime.runtime.line_files import RecordsError
 from megatron_prime.types import EvalSet, Prompt, Rollout, VerifiedGroup
 
 PROMPTS = tuple(Prompt(i, (1, 2, i), str(i), "math", "mine") for i in range(3))
@@ -71,7 +71,7 @@ def test_each_set_is_answered_greedily_and_by_samples(config, tmp_path):
 def test_what_makes_answers_others_is_refused(config, tmp_path, knobs, problems, changed):
     tasks_of(config(), tmp_path, [SET], rank=0)
     tasks_of(config(chunk=1, verify={"workers": 2}), tmp_path, [SET], rank=0)  # which do not
-    with pytest.raises(EvaluationError, match=f"\n  {changed}: found "):
+    with pytest.raises(RecordsError, match=f"\n  {changed}: found "):
         tasks_of(config(**knobs), tmp_path, [problems], rank=0)
 
 
@@ -81,9 +81,9 @@ def test_options_of_the_server_make_answers_others_but_not_its_room(config, tmp_
 
     of(quantization="fp8", mem_fraction_static=0.9)
     of(quantization="fp8", mem_fraction_static=0.5, max_running_requests=4)
-    with pytest.raises(EvaluationError, match=r"sglang\.quantization: found None, made with 'fp8"):
+    with pytest.raises(RecordsError, match=r"sglang\.quantization: found None, made with 'fp8"):
         of(mem_fraction_static=0.9)
-    with pytest.raises(EvaluationError, match=r"sglang\.context_length: found 99, made with None"):
+    with pytest.raises(RecordsError, match=r"sglang\.context_length: found 99, made with None"):
         of(quantization="fp8", context_length=99)
 
 
@@ -105,7 +105,7 @@ def test_weights_that_were_written_again_are_others(config, tmp_path):
     before = identity(tmp_path / "hf")
     os.utime(file, ns=(1, 1))
     assert identity(tmp_path / "hf") != before
-    with pytest.raises(EvaluationError, match="weights: found "):
+    with pytest.raises(RecordsError, match="weights: found "):
         tasks_of(config(), tmp_path, [SET], rank=0)
 
 

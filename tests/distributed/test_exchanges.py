@@ -33,8 +33,8 @@ ARE_COUNTED_ELSEWHERE = {
     *("irecv", "recv", "send_object_list", "recv_object_list", "broadcast_object_list"),
     *("all_gather_object", "gather_object", "scatter_object_list"),
 }
-TWO = ("dp", "dp.zero", "tp2", "tp2.sp", "pp2", "pp2.vpp2", "cp2")
-FOUR = ("tp2.pp2.sp.zero", "tp2.pp2.vpp2", "tp2.cp2.sp.zero")
+TWO = ("dp", "dp.zero", "tp2", "tp2.sp", "pp2", "pp2.vpp2", "cp2", "tp2.critic", "tp2.sp.critic")
+FOUR = ("tp2.pp2.sp.zero", "tp2.pp2.vpp2", "tp2.cp2.sp.zero", "tp2.pp2.sp.zero.critic")
 HIDDEN, LAYERS, HEAD = (MODEL[name] for name in ("hidden_size", "num_hidden_layers", "head_dim"))
 TOKENS, WANTED = 16 * 40, 16 * 32  # of an update on two ranks, in packs of four rows
 UPDATES, VALUE = 2, 4  # optimizer steps; bytes
@@ -51,7 +51,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def assert_equal(found: list[Any], layout: str) -> None:
-    phases = ["reference", "score", "update_prm", "update_policy", "sync_weights"]
+    critic = ["update_critic"] if layout.endswith("critic") else []
+    phases = ["reference", "score", "update_prm", *critic, "update_policy", "sync_weights"]
     for rank, layouts in enumerate(found):
         assert list(layouts[layout]) == phases
         for phase, both in layouts[layout].items():

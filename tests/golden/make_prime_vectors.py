@@ -24,6 +24,7 @@ class Batch:
     def __init__(self, inputs):
         self.prm, self.ref = inputs["logp_phi"], inputs["logp_ref"]
         self.old, self.new = inputs["old_logp"], inputs["new_logp"]
+        self.values = inputs["values"]
         self.outcomes, self.beta, self.lengths = inputs["acc"], inputs["beta"], inputs["lengths"]
         self.rows, self.columns, self.k = range(inputs["N"]), inputs["T"], inputs["K"]
 
@@ -310,11 +311,12 @@ def windows():
 
 
 def expected(inputs):
-    from variants import estimators, policy_losses  # beside this file
+    from critics import critics  # beside this file
+    from variants import estimators, policy_losses
 
     batch = Batch(inputs)
     values = prm(batch) | prm_losses(batch) | advantages(batch) | mismatch(batch) | returns(batch)
-    values |= windows() | estimators(batch)
+    values |= windows() | estimators(batch) | critics(batch)
     weights = values["rloo.released.advantage"]
     return values | policy(batch, weights) | policy_losses(batch, weights)
 

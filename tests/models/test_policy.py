@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,3 +142,56 @@ def test_old_logprobs_of_another_order_are_refused() -> None:
     with pytest.raises(ValueError, match=r"found \d rows without old log-probs behind the first"):
         update(policy, rollouts, old)
     assert engine.steps == 2, "refused before it trained"
+
+
+@pytest.mark.parametrize("aggregation", ["seq_mean_token_mean", "token_mean"])
+def test_truncated_responses_have_no_loss_but_stay_in_the_batch(aggregation: str) -> None:
+    """The loss is that of the others alone, however the mini-batch is cut into packs."""
+    policy, engine, rollouts = policy_and_batch(size=6)
+    loss = policy.knobs.loss.model_copy(update={"aggregation": aggregation})
+    policy.knobs = policy.knobs.model_copy(update={"loss": loss})
+    policy.masks_truncated = True
+    cut = torch.tensor([False, True, False, False, True, False])
+    advantages = torch.where(cut[:, None], 1e6, torch.arange(1.0, 7.0)[:, None]) * MASK
+    rollouts = replace(rollouts, truncated=cut)
+    batch = TrainBatch(ScoredBatch(rollouts, policy.old_logprobs(rollouts), None), None, advantages)
+    found = policy.update(batch)
+    lengths, others = torch.tensor(LENGTHS), [0, 2, 3, 5]
+    weights = lengths[others] if aggregation == "token_mean" else torch.ones(4)
+    mean = float((torch.tensor([1.0, 3.0, 4.0, 6.0]) * weights).sum() / weights.sum())
+    assert engine.losses == pytest.approx([-mean * WEIGHT])
+    assert found.metrics["policy/loss"] == pytest.approx(-mean * WEIGHT)
+    assert found.metrics["policy/masked"] == pytest.approx(2 / 6)
+    assert torch.equal(found.old_logprobs, BEFORE), "of all rows"
+
+    part = policy.part_of(rollouts, torch.arange(6))
+    assert (part.rollouts, part.tokens) == (4, int(lengths[others].sum()))
+    shares = []
+    for rows in ([0, 1], [4], [2, 3, 5]):
+        logprobs = BEFORE[rows].requires_grad_()
+        forward = Forward(torch.tensor(rows), logprobs, torch.zeros(len(rows), 3))
+        shares.append(policy.loss_of(batch, part)(forward))
+        shares[-1].backward()
+        assert logprobs.grad is not None
+        assert not logprobs.grad[cut[rows]].any()
+        assert logprobs.grad[~cut[rows]].any() == (rows != [4])
+    assert torch.stack(shares).sum().item() == pytest.approx(-mean * WEIGHT)
+
+
+def test_a_mini_batch_of_truncated_responses_alone_has_no_figures() -> None:
+    policy, engine, rollouts = policy_and_batch(size=6)
+    policy.masks_truncated = True
+    rollouts = replace(rollouts, truncated=torch.ones(6, dtype=torch.bool))
+    found = update(policy, rollouts, policy.old_logprobs(rollouts))
+    assert engine.losses == [0.0]
+    assert found.metrics["policy/masked"] == 1.0
+    assert "policy/loss" not in found.metrics
+    assert torch.equal(found.old_logprobs, BEFORE)
+
+
+def test_truncated_responses_have_a_loss_unless_that_was_asked_for() -> None:
+    policy, engine, rollouts = policy_and_batch(size=6)
+    rollouts = replace(rollouts, truncated=torch.ones(6, dtype=torch.bool))
+    found = update(policy, rollouts, policy.old_logprobs(rollouts))
+    assert engine.losses == pytest.approx([-WEIGHT])
+    assert "policy/masked" not in found.metrics

@@ -99,8 +99,28 @@ CASES: list[tuple[ParallelSizes, str, dict[str, Any], tuple[int, ...]]] = [
 def test_what_autograd_keeps(
     sizes: ParallelSizes, family: str, options: Any, lengths: tuple[int, ...], dtype: Any
 ) -> None:
-    shape, precision = shape_of(sizes.tp, family), PrecisionOptions(dtype=dtype)
-    megatron = megatron_options(sizes, **options)
+    compare_what_autograd_keeps(shape_of(sizes.tp, family), sizes, options, lengths, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        (ParallelSizes(), {}),
+        (ParallelSizes(tp=2), {}),
+        (ParallelSizes(tp=2), {"sequence_parallel": False}),
+        (ParallelSizes(pp=2), {}),
+    ],
+)
+def test_what_autograd_keeps_of_a_critic(sizes: ParallelSizes, options: Any, dtype: Any) -> None:
+    shape = shape_of(sizes.tp).as_critic()
+    compare_what_autograd_keeps(shape, sizes, options, (256,), dtype)
+
+
+def compare_what_autograd_keeps(
+    shape: ModelShape, sizes: ParallelSizes, options: Any, lengths: tuple[int, ...], dtype: Any
+) -> None:
+    precision, megatron = PrecisionOptions(dtype=dtype), megatron_options(sizes, **options)
     for rank in (0, sizes.replica - 1):
         with fake_rank(rank, sizes.replica, sizes):
             stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -125,6 +145,7 @@ def mean_logprob(forward: Forward) -> torch.Tensor:
 
 
 WIDE = {"vocab_size": 8000, "padded_vocab_size": 8000}  # logits decide
+CRITIC = {"value_head": True}
 DEEP = {"num_layers": 8, "vocab_size": 100, "padded_vocab_size": 112}  # layers decide
 
 
@@ -139,6 +160,10 @@ DEEP = {"num_layers": 8, "vocab_size": 100, "padded_vocab_size": 112}  # layers 
         (1, DEEP, 1.0, FULL),
         (2, WIDE, 1.0, {}),
         (2, WIDE, 1.0, {"sequence_parallel": False}),
+        (1, CRITIC, 1.0, {}),
+        (1, DEEP | CRITIC, 1.0, FULL),
+        (2, CRITIC, 1.0, {}),
+        (2, CRITIC, 1.0, {"sequence_parallel": False}),
     ],
 )
 def test_the_most_bytes_of_a_real_step(

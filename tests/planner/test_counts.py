@@ -51,7 +51,26 @@ def real_chunks(shape: ModelShape, sizes: ParallelSizes, monkeypatch: Any) -> li
 def test_every_rank_holds_what_megatron_builds(
     name: str, sizes: ParallelSizes, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    shape = shape_of(tmp_path, name, sizes.tp)
+    assert_equal_on_every_rank(shape_of(tmp_path, name, sizes.tp), sizes, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Llama-3-8B", ParallelSizes(tp=2)),
+        ("Qwen2.5-0.5B", ParallelSizes(pp=2)),  # tied, but a critic is not
+        ("Qwen2.5-0.5B", ParallelSizes(tp=2, pp=4, vpp=2)),
+    ],
+)
+def test_a_critic_has_a_value_head_on_its_last_stage(
+    name: str, sizes: ParallelSizes, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shape = shape_of(tmp_path, name, sizes.tp).as_critic()
+    assert_equal_on_every_rank(shape, sizes, monkeypatch)
+    assert chunks(shape, sizes, sizes.pp - 1)[-1][-1].numel == shape.hidden_size
+
+
+def assert_equal_on_every_rank(shape: ModelShape, sizes: ParallelSizes, monkeypatch: Any) -> None:
     world_size = (
         2 * sizes.replica
     )  # two data-parallel replicas; the second holds what the first does

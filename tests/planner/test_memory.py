@@ -11,13 +11,13 @@ from fake_ranks import fake_rank, megatron_options
 from megatron.core import parallel_state
 from planned_runs import run_config
 
-from megatron_prime.config import ConfigError, ParallelSizes
+from megatron_prime.config import ConfigError, ModelName, ParallelSizes
 from megatron_prime.models.architecture import build_model
 from megatron_prime.models.training import TrainableEngine
 from megatron_prime.planner.memory import GIB, Machine, MemoryPlan, make_plan
 from megatron_prime.planner.residency import ALL, KEPT, NEEDED, RESIDENT
 from megatron_prime.runtime.compat import megatron_calls
-from megatron_prime.weights.shape import ModelShape
+from megatron_prime.weights.shape import ModelShape, shape_of
 
 CPU = Machine(GIB, 0, on_gpu=False)
 SGLANG = {"engine": "sglang", "tensor_parallel_size": 2}
@@ -29,10 +29,14 @@ def storages(tensors: list[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_three_real_models_hold_what_the_plan_says(rank: int, tmp_path: Path) -> None:
+def test_four_real_models_hold_what_the_plan_says(rank: int, tmp_path: Path) -> None:
     sizes = ParallelSizes(tp=2, pp=2)
-    precision: dict[str, Any] = {"prm": {"dtype": "fp32"}}
-    config = run_config(tmp_path, megatron=megatron_options(sizes), precision=precision)
+    tables: dict[str, Any] = {
+        "precision": {"prm": {"dtype": "fp32"}},
+        "advantage": {"estimator": "gae"},
+        "megatron": megatron_options(sizes),
+    }
+    config = run_config(tmp_path, **tables)
     shape = ModelShape.from_hf(config.model.hf, sizes.tp)
     real: dict[str, int] = {}
     with fake_rank(rank, 4, sizes):
@@ -40,10 +44,11 @@ def test_three_real_models_hold_what_the_plan_says(rank: int, tmp_path: Path) ->
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
         )
-        for name, knobs in (("policy", config.policy), ("prm", config.prm)):
-            options = config.precision.of(name)  # type: ignore[arg-type]
-            models = build_model(shape, options, config.megatron)
-            engine = TrainableEngine(models, shape, knobs, 1.0, 10, options)
+        names: tuple[ModelName, ...] = ("policy", "prm", "critic")
+        for name in names:
+            options, own = config.precision.of(name), shape_of(config, name)
+            models = build_model(own, options, config.megatron)
+            engine = TrainableEngine(models, own, config.batches_of(name), 1.0, 10, options)
             for chunk in engine.chunks:
                 for buffer in chunk.buffers:
                     buffer.grad_data.fill_(1.0)
@@ -141,6 +146,39 @@ def test_a_run_on_outcomes_alone_has_one_model(tmp_path: Path) -> None:
     plan = plan_8b(tmp_path, advantage={"process_weight": 0.0})
     assert not any(name.startswith(("prm", "reference")) for name in plan.ranks[0].kept)
     assert "update_prm" not in {phase.phase for phase in plan.phases}
+
+
+def test_a_tie_to_the_reference_loads_it_without_a_prm(tmp_path: Path) -> None:
+    tied = {"process_weight": 0.0}
+    plan = plan_8b(tmp_path, advantage=tied, policy={"loss": {"kl_coefficient": 0.1}})
+    owners = {name.split(".")[0] for name in plan.ranks[0].kept}
+    assert owners == {"policy", "reference", "engine", "sync"}
+    assert "update_prm" not in {phase.phase for phase in plan.phases}
+
+
+def test_a_critic_is_a_third_trained_model(tmp_path: Path) -> None:
+    """As large as the PRM but for the output layer, at work in a phase of its own."""
+    plan = plan_8b(tmp_path, True, advantage={"estimator": "gae"})
+    without = plan_8b(tmp_path, True)
+    kept, vocabulary = plan.ranks[0].kept, 128_256 * 4096 // 4
+    lacks = kept["prm.weights"] - kept["critic.weights"]
+    assert lacks == pytest.approx(2 * (vocabulary - 4096), abs=2 * 128)  # bf16, padded
+    assert kept.keys() - without.ranks[0].kept.keys() == {
+        name for name in kept if name.startswith("critic.")
+    }
+    (phase,) = [phase for phase in plan.phases if phase.phase == "update_critic"]
+    assert phase.resident.keys() == {
+        f"critic.{kind}" for kind in ("weights", "gradients", "masters", "moments")
+    } | {"sync.buffers"}
+    work = plan.ranks[0].work
+    assert 0 < work["critic.activations"] < work["prm.activations"], "no logits"
+    assert 0 < work["critic.scoring"] <= work["prm.scoring"]
+    assert plan.host_bytes > without.host_bytes
+    assert "update_critic" not in {phase.phase for phase in without.phases}
+    alone = plan_8b(tmp_path, advantage={"estimator": "gae", "process_weight": 0.0})
+    assert {name.split(".")[0] for name in alone.ranks[0].kept} == {
+        "policy", "critic", "engine", "sync",
+    }  # fmt: skip
 
 
 def test_a_policy_that_is_the_reference_leaves_out_a_model(tmp_path: Path) -> None:

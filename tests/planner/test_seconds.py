@@ -97,6 +97,29 @@ def test_a_frozen_prm_is_a_forward(tmp_path: Path) -> None:
     assert waiting.moves == {"pcie": pytest.approx(weights / H100.pcie, rel=1e-3)}
 
 
+def test_a_critic_is_asked_and_updated(tmp_path: Path) -> None:
+    """Four forwards of a model that makes no logits; elsewhere nothing changes."""
+    config = run_8b(tmp_path, advantage={"estimator": "gae"})
+    critic = forward_flops(
+        ModelShape.from_hf(config.model.hf).as_critic(),
+        load_of(256, response_lengths(1024, 1024, 0.6, 3072)),
+    )
+    whole = forward_flops(
+        ModelShape.from_hf(config.model.hf),
+        load_of(256, response_lengths(1024, 1024, 0.6, 3072)),
+    )
+    assert critic.linears == whole.linears
+    assert critic.head * 128_256 == pytest.approx(whole.head)
+    found = forwards(config, "update_critic")
+    assert found == pytest.approx(4 * critic.all / whole.all, rel=1e-3)
+    assert forwards(config, "update_prm") == pytest.approx(3, rel=1e-3)
+    without = step(run_8b(tmp_path))
+    assert without.of("update_critic") is None
+    moved = step(config, table=NEEDED).of("update_critic")
+    assert moved is not None
+    assert moved.moves["pcie"] > 0
+
+
 def test_an_fp8_prm_looks_once_without(tmp_path: Path) -> None:
     plain, fp8 = (run_8b(tmp_path, precision={"prm": {"fp8": kind}}) for kind in (None, "hybrid"))
     a_quarter = run_8b(tmp_path, precision={"prm": {"fp8": "hybrid"}}, prm={"mini_batch_size": 512})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,7 @@ class Client:
         self.slow, self.well = set(slow), healthy
         self.calls: list[tuple[str, float]] = []
         self.now = self.most = 0
+        self.drained_after: list[int] = []  # calls that were done
 
     async def generate(
         self, requests: Sequence[SampleRequest], temperature: float, stops: object, timeout_s: float
@@ -50,17 +52,22 @@ class Client:
     async def healthy(self, timeout_s: float, sampling: bool = True) -> bool:
         return self.well
 
+    async def drained(self, patience_s: float) -> None:
+        self.drained_after.append(len(self.calls))
+
     async def abort(self, rid: str | None = None) -> None:
         raise AssertionError("nothing is to be aborted")
 
 
-def run(client: Client, in_flight: int = 3) -> tuple[Pass, list[Group]]:
+def run(
+    client: Client, in_flight: int = 3, sampling: Sampling = SAMPLING
+) -> tuple[Pass, list[Group]]:
     limits = Limits(in_flight, request_s=5.0, hang_s=400.0, keep_partial=False)
     runner = PassRunner(client, lambda: True, limits, [STOP], 4, "p", str, Timeline())  # type: ignore[arg-type]
     groups: list[Group] = []
     counter = itertools.count()
     take = lambda: next(counter)  # noqa: E731
-    return asyncio.run(runner.run(PROMPTS, SAMPLING, {}, take, groups.append, None)), groups
+    return asyncio.run(runner.run(PROMPTS, sampling, {}, take, groups.append, None)), groups
 
 
 def test_every_prompt_is_answered_once_with_a_bounded_number_in_flight() -> None:
@@ -70,6 +77,14 @@ def test_every_prompt_is_answered_once_with_a_bounded_number_in_flight() -> None
     assert sorted(found.answered) == [p.prompt_id for p in PROMPTS]
     assert sorted(g.prompt.prompt_id for g in groups) == sorted(found.answered)
     assert client.most == 3
+
+
+def test_a_greedy_pass_ends_when_the_server_has_let_go_of_its_requests() -> None:
+    client = Client()
+    run(client)
+    assert client.drained_after == []
+    run(client, sampling=replace(SAMPLING, samples=1, temperature=0.0))
+    assert client.drained_after == [2 * len(PROMPTS)]
 
 
 def test_a_slow_prompt_on_a_healthy_server_is_asked_once_more_with_twice_the_time() -> None:

@@ -59,6 +59,13 @@ def test_step_line_of_fine_tuning():
     assert step_line(3, 9, metrics, "") == "step 3/9  loss 1.5000  900 tokens/s  2.0 s"
 
 
+def test_step_line_of_a_stage_that_was_judged():
+    metrics = {"held_out/loss": 0.5, "held_out/pair_accuracy": 0.75, "time/step_s": 2.0}
+    assert step_line(3, 9, metrics | {"prm/pair_accuracy_before": 0.6}, "") == (
+        "step 3/9  PRM pairs 0.60  held-out loss 0.5000  held-out pairs 0.75  2.0 s"
+    )
+
+
 def test_step_line_shows_what_is_not_finite():
     assert step_line(1, 2, {"rollout/accuracy": float("nan")}, "") == "step 1/2  accuracy nan"
 

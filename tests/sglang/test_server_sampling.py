@@ -30,8 +30,13 @@ def run(server, job, key=KEY):
 
 
 def sample(server, seeds, temperature=1.0, stops=(), **more):
-    asked = requests(seeds, **more)
-    return run(server, lambda client: client.generate(asked, temperature, stops, 120))
+    async def job(client):
+        samples = await client.generate(requests(seeds, **more), temperature, stops, 120)
+        if temperature == 0:
+            await client.drained(60)  # or what comes next may draw otherwise
+        return samples
+
+    return run(server, job)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])

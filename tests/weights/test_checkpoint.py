@@ -405,6 +405,22 @@ def test_knobs_that_change_nothing_computed_are_free(saved: Path) -> None:
     assert Run(saved.parents[1], **changed).checkpoints.resume() == LoopState(2)
 
 
+def test_another_commands_checkpoint_is_refused(saved: Path) -> None:
+    """Also one of before commands were noted: then it was a run's."""
+    run = Run(saved.parents[1])
+    run.checkpoints.command = "sft"
+    wanted = "holds checkpoints of the command train, which sft can't continue; take another run"
+    with pytest.raises(CheckpointError, match=wanted):
+        run.checkpoints.resume()
+    state = json.loads((saved / "run.json").read_text())
+    assert state.pop("command") == "train"
+    (saved / "run.json").write_text(json.dumps(state))
+    manifest.write(saved, {n: manifest.measure(saved / n) for n in manifest.files_in(saved)})
+    assert Run(saved.parents[1]).checkpoints.resume() == LoopState(2)
+    with pytest.raises(CheckpointError, match=wanted):
+        run.checkpoints.resume()
+
+
 def test_more_steps_would_bend_a_cosine(tmp_path: Path) -> None:
     cosine = {"policy": {"schedule": "cosine"}}
     Run(tmp_path, **cosine).checkpoints.save(LoopState(1))

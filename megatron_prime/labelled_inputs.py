@@ -1,0 +1,127 @@
+"""From a configuration to what `train_prm` learns: labelled groups, and the reference's log-probs.
+
+The reference never changes and the data is known, so by default it speaks once, of everything, and
+is dropped before the PRM is built: training then needs the memory of one model. What it said is
+kept in the run folder, for the same command to continue with.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prime.config import RunConfig
+from megatron_prime.data.answered import read_answered
+from megatron_prime.data.chat import Tokenizer
+from megatron_prime.data.labelled import (
+    LabelledGroup,
+    LabelledSet,
+    as_batch,
+    fingerprint,
+    labelled_groups,
+    split,
+)
+from megatron_prime.models.factory import reference_of as loaded_reference
+from megatron_prime.models.reference import RememberedReference
+from megatron_prime.models.scoring import logprobs_of
+from megatron_prime.protocols import ScoringModel
+from megatron_prime.runtime.distributed import WorldRanks
+from megatron_prime.types import OldLogprobs, ScoredBatch, TokenSequence
+
+KEPT = "reference_logprobs.pt"
+CHUNK = 256  # sequences whose log-probs are assembled at once, so that one long one pads few
+
+Groups = Sequence[LabelledGroup]
+
+
+def groups_of(config: RunConfig, tokenizer: Tokenizer, ranks: WorldRanks) -> tuple[Groups, Groups]:
+    """What is learnt, and what the PRM is judged by; says what was dropped."""
+    knobs = config.train_prm
+    assert knobs.data is not None, "validate.check refuses train_prm without its data"
+    found = _read(config, knobs.data, tokenizer, config.prm.loss in ("dpo", "nca"), ranks)
+    if knobs.held_out is None:
+        return split(found.groups, knobs.held_out_share)
+    return found.groups, _read(config, knobs.held_out, tokenizer, False, ranks).groups
+
+
+def _read(
+    config: RunConfig, source: Path, tokenizer: Tokenizer, mixed_only: bool, ranks: WorldRanks
+) -> LabelledSet:
+    rows = read_answered(source, tokenizer, config.data.template, labelled=True)
+    size, longest = config.rollout.group_size, config.train_prm.max_length
+    found = labelled_groups(rows, size, longest, mixed_only)
+    if ranks.rank == 0:
+        print(found.told(source), flush=True)
+    return found
+
+
+def reference_of(
+    config: RunConfig, learnt: Groups, judged: Groups, ranks: WorldRanks
+) -> tuple[ScoringModel, ScoredBatch | None]:
+    """The reference of the groups that are learnt, and the others with its log-probs; collective.
+
+    With `train_prm.reference = "once"` no model is left when this returns.
+    """
+    held_out = sequences_of(judged)
+    if config.train_prm.reference == "loaded":
+        model = loaded_reference(config)
+        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out))
+        return model, _scored(judged, known)
+    everything = [*dict.fromkeys([*sequences_of(learnt), *held_out])]
+    about = {
+        "reference": str(config.model.start),
+        "dtype": config.precision.reference.dtype,
+        "data": f"{fingerprint(learnt)} {fingerprint(judged)}",
+    }
+    path = config.run.folder / KEPT
+    logprobs = ranks.share(_kept(path, about) if ranks.rank == 0 else None)
+    if logprobs is None:
+        logprobs = _flat_logprobs(loaded_reference(config).engine, everything)
+        if ranks.rank == 0:
+            _keep(path, about, logprobs)
+    remembered = RememberedReference(everything, logprobs)
+    return remembered, _scored(judged, remembered)
+
+
+def sequences_of(groups: Groups) -> list[TokenSequence]:
+    """All responses with their prompts."""
+    return [*as_batch(groups).sequences] if groups else []
+
+
+def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
+    if not groups:
+        return None
+    rollouts = as_batch(groups)
+    return ScoredBatch(rollouts, OldLogprobs.none(rollouts), reference.logprobs(rollouts))
+
+
+def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence]) -> Tensor:
+    """Log-probs of all responses, one after the other: float32 [tokens]; collective."""
+    parts = [torch.zeros(0)]
+    for start in range(0, len(sequences), CHUNK):
+        chunk = sequences[start : start + CHUNK]
+        rows = logprobs_of(engine, chunk)
+        parts += [row[: s.response_length] for row, s in zip(rows, chunk, strict=True)]
+    return torch.cat(parts)
+
+
+def _keep(path: Path, about: dict[str, str], logprobs: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part")
+    torch.save({"about": about, "logprobs": logprobs}, unfinished)
+    unfinished.replace(path)
+
+
+def _kept(path: Path, about: dict[str, str]) -> Tensor | None:
+    """What an earlier start has kept, if it was of the same data and reference."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        logprobs: Tensor = saved["logprobs"]
+        return logprobs if saved["about"] == about else None
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
+        return None  # none there, or damaged: it is made again

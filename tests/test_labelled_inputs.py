@@ -1,0 +1,115 @@
+"""The reference of offline training: it speaks once, and what it said is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_prime.config import RunConfig
+from megatron_prime.data.labelled import LabelledGroup
+from megatron_prime.runtime.compat import before_megatron_import
+from megatron_prime.types import TokenSequence
+
+before_megatron_import()
+
+from megatron_prime import labelled_inputs  # noqa: E402
+
+RANKS: Any = SimpleNamespace(rank=0, share=lambda value: value)
+
+
+class Reference:
+    """Gives token t the log-prob -t, and counts the sequences that it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.engine = self
+        self.grid = SimpleNamespace(dp_size=2, multiple=1)
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        assert len(sequences) % 2 == 0, "data-parallel ranks share them evenly"
+        self.asked += len(sequences)
+        found = torch.zeros(len(sequences), max(s.response_length for s in sequences))
+        for row, s in enumerate(sequences):
+            found[row, : s.response_length] = -torch.tensor(s.token_ids[s.prompt_length :])
+        return found
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Reference:
+    model = Reference()
+    monkeypatch.setattr(labelled_inputs, "loaded_reference", lambda config: model)
+    return model
+
+
+def config(folder: Path, reference: str = "once") -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"folder": folder},
+            "model": {"hf": "m"},
+            "data": {"train": "t"},
+            "train_prm": {"reference": reference},
+        }
+    )
+
+
+def groups(count: int, prompt: int) -> list[LabelledGroup]:
+    return [LabelledGroup((prompt, n), ((n,), (n, 7, n)), (1.0, 0.0)) for n in range(count)]
+
+
+LEARNT, JUDGED = groups(300, prompt=1), groups(2, prompt=2)
+
+
+def check(found: Any, learnt: list[LabelledGroup]) -> None:
+    """Every log-prob is that of its token, of what is learnt and of what is held out."""
+    model, held_out = found
+    batch = labelled_inputs.as_batch(learnt)
+    logprobs = model.logprobs(batch)
+    for row, (group, n) in enumerate((g, n) for g in learnt for n in (0, 1)):
+        ids = group.responses[n]
+        assert logprobs[row].tolist() == [-float(t) for t in ids] + [0.0] * (3 - len(ids))
+    assert held_out.ref_logprobs.tolist() == [
+        [0.0, 0.0, 0.0],
+        [0.0, -7.0, 0.0],
+        [-1.0, 0.0, 0.0],
+        [-1.0, -7.0, -1.0],
+    ]
+
+
+def test_the_reference_is_asked_once_for_all_starts(tmp_path: Path, reference: Reference) -> None:
+    """604 sequences are three chunks, the last of which two ranks share as it is."""
+    check(labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS), LEARNT)
+    assert reference.asked == 604
+    check(labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS), LEARNT)
+    assert reference.asked == 604
+
+
+def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Reference) -> None:
+    labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    check(labelled_inputs.reference_of(config(tmp_path), LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
+    assert reference.asked == 604 + 10
+    kept = tmp_path / "reference_logprobs.pt"
+    kept.write_bytes(kept.read_bytes()[:100])
+    check(labelled_inputs.reference_of(config(tmp_path), LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
+    assert reference.asked == 604 + 20
+
+
+def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
+    """Only what is held out is asked for now, for its log-probs never change."""
+    found, held_out = labelled_inputs.reference_of(
+        config(tmp_path, "loaded"), LEARNT, JUDGED, RANKS
+    )
+    assert found is reference
+    assert held_out is not None
+    assert reference.asked == 4
+    assert not (tmp_path / "reference_logprobs.pt").exists()
+
+
+def test_nothing_may_be_held_out(tmp_path: Path, reference: Reference) -> None:
+    for kind in ("once", "loaded"):
+        _, held_out = labelled_inputs.reference_of(config(tmp_path, kind), LEARNT[:1], [], RANKS)
+        assert held_out is None
