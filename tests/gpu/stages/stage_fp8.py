@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from stage_colocated import as_batch, colocated, one_session
+from stage_colocated import as_batch, colocated
 from stage_engine import config_for as engine_config
 from stage_jobs import (
     EVERY_PROMPT,
@@ -33,7 +33,6 @@ from stage_update import config_for as update_config
 from stage_update import figures
 
 from megatron_prime.config import PrecisionOptions
-from megatron_prime.config_file import load
 from megatron_prime.protocols import Phase
 
 Format = dict[str, Any]
@@ -76,17 +75,6 @@ def formats(stage: Stage) -> dict[str, Format]:
 # ---------------------------------------------------------------------- curves
 
 
-class Losses:
-    """A recorder that keeps the losses."""
-
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One step."""
-        self.found.append(metrics["sft/loss"])
-
-
 def data(stage: Stage) -> Path:
     """The quickstart's."""
     folder = stage.scratch / "fp8"
@@ -94,39 +82,33 @@ def data(stage: Stage) -> Path:
     return folder
 
 
-def fine_tuned(stage: Stage, precision: Format, steps: int, output: Path | None) -> list[float]:
+def fine_tuned(
+    stage: Stage, label: str, precision: Format, steps: int, output: Path | None
+) -> list[float]:
     """Losses of the quickstart's fine-tuning in one format; `output`: where to keep the model."""
     folder = data(stage)
-    knobs = [f"--run.folder={folder / 'sft'}", f"--model.hf={folder / 'data' / 'model'}"]
+    there = run_folder(folder, f"sft {label}")
+    knobs = [f"--run.folder={there}", f"--model.hf={folder / 'data' / 'model'}"]
     knobs += [f"--data.train={folder / 'data' / 'train.jsonl'}", f"--sft.steps={steps}"]
+    knobs += [f"--sft.data={folder / 'data' / 'sft.jsonl'}"]
+    knobs += [f"--sft.output={output or there / 'hf'}"]
     knobs += [f"--precision.policy.{name}={value}".lower() for name, value in precision.items()]
-    config = load(QUICKSTART / "sft.toml", knobs)
-    losses: Any = Losses()
-    with one_session(config):
-        from megatron_prime import sft
-        from megatron_prime.data.chat import load_tokenizer
-        from megatron_prime.data.sft_data import load_conversations
-        from megatron_prime.models.factory import sft_engine
-        from megatron_prime.weights.export import export_hf
-
-        tokenizer = load_tokenizer(config.model.hf)
-        lines = load_conversations(folder / "data" / "sft.jsonl", tokenizer, 128)
-        engine = sft_engine(config)
-        sft.run(config, engine, lines.examples, losses)
-        if output is not None:
-            export_hf(engine.modules, engine.shape, config.model.hf, output)
-    return losses.found
+    limit = None if stage.small else max(10.0, stage.left())
+    job = command("sft", QUICKSTART / "sft.toml", *knobs)
+    run(job, log=stage.folder / "fp8_jobs.log", limit_s=limit)
+    rows = sorted(metrics(there).items())
+    return [row["sft/loss"] for _, row in rows if "sft/loss" in row]
 
 
 def sft_curves(stage: Stage, others: dict[str, Format]) -> None:
     """100 steps from the same random weights; the baseline's model is PRIME's start."""
     steps, whole = (6, 6) if stage.small else (100, 320)
     name, precision = baseline(stage)
-    plain = fine_tuned(stage, precision, whole, data(stage) / "start")[:steps]
+    plain = fine_tuned(stage, name, precision, whole, data(stage) / "start")[:steps]
     learnt = plain[0] - fmean(plain[-LAST // 2 :])
     stage.measured(f"SFT, {name}: loss after {steps} steps", fmean(plain[-LAST // 2 :]))
     for label, other in others.items():
-        found = fine_tuned(stage, other, steps, None)
+        found = fine_tuned(stage, label, other, steps, None)
         stage.measured(f"SFT, {label}: loss after {steps} steps", fmean(found[-LAST // 2 :]))
         share = (found[0] - fmean(found[-LAST // 2 :])) / learnt
         stage.at_least(f"SFT, {label}: learnt, of {name}", share, LEARNT, "%")
