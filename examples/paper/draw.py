@@ -12,15 +12,20 @@ from measure import Trace, interval, smooth
 
 from megatron_prime.report.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 
-COLORS = (GREY, VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
+COLORS = (GREY, VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, "#000000", "#B8A200")
 
 
 def draw(experiment: Experiment, traces: Sequence[Sequence[Trace]], png: Path) -> None:
     """Draw all arms (the baseline first) with their seeds; thick: the mean, band: its interval."""
     panels = 3 if experiment.prm else 2
     figure: Any = Figure(figsize=(4.3 * panels, 3.9), layout="constrained")
-    title = f"Figure {experiment.figure} in miniature: {experiment.title}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(
+        f"{experiment.heading} in miniature: {experiment.title}",
+        x=0.01,
+        ha="left",
+        fontsize=12,
+        fontweight="bold",
+    )
     axes = figure.subplots(1, panels)
     for arm, seeds, color in zip(experiment.all_arms, traces, COLORS, strict=False):
         steps = range(1, min(len(trace.rewards) for trace in seeds) + 1)

@@ -20,7 +20,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A figure of the paper."""
+    """A figure of the paper, or what it depends on."""
 
     figure: str
     title: str
@@ -29,6 +29,16 @@ class Experiment:
     arms: tuple[Arm, ...]  # the others
     seeds: int = 3
     prm: bool = False  # draw the PRM's pair accuracy as well
+
+    @property
+    def heading(self) -> str:
+        """What the paper calls it, if it is the paper's."""
+        return f"Figure {self.figure}" if self.figure.isdigit() else self.figure.capitalize()
+
+    @property
+    def file_name(self) -> str:
+        """Of its picture and table, without the ending."""
+        return f"figure_{self.figure:>02}" if self.figure.isdigit() else self.figure
 
     @property
     def all_arms(self) -> tuple[Arm, ...]:
@@ -68,6 +78,28 @@ REINFORCE = outcome_only(REINFORCE_PRIME, "reinforce", "REINFORCE")
 GRPO_PRIME = estimator("grpo")
 GRPO = outcome_only(GRPO_PRIME, "grpo", "GRPO")
 AS_VALUE = Arm("prime_value", "PRIME as value model", ("--advantage.estimator=prime_value",))
+# Of group_size 8, as many responses a step.
+OF_EIGHT = (
+    "--rollout.group_size=8",
+    "--rollout.prompts_per_step=8",
+    "--rollout.prompts_per_round=20",
+)
+PRIME_KNOBS = (
+    Arm("prime_beta", "PRIME, β 0.05", ("--prm.beta=0.05",)),
+    Arm("prime_slow_prm", "PRIME, PRM at 2e-4", ("--prm.lr=2e-4",)),
+    Arm("prime_dpo", "PRIME, PRM by DPO", ("--prm.loss=dpo",)),
+    Arm("prime_raw", "PRIME, rewards not normalised", ("--advantage.process_norm=none",)),
+    Arm("prime_gamma", "PRIME, γ 0", ("--advantage.gamma=0",)),
+    Arm("prime_eight", "PRIME, 8 × 8", OF_EIGHT),
+    Arm("rloo_eight", "RLOO, 8 × 8", (*RLOO.knobs, *OF_EIGHT)),
+)
+
+
+def at_rate(arm: Arm, rate: str) -> Arm:
+    """The arm with another learning rate of the policy; the PRM's is five times that."""
+    knobs = (*arm.knobs, f"--policy.lr={rate}", f"--prm.lr={5 * float(rate):g}")
+    return Arm(f"{arm.name}_{rate}", f"{arm.label}, lr {rate}", knobs)
+
 
 EXPERIMENTS = {
     "3": Experiment(
@@ -123,5 +155,22 @@ EXPERIMENTS = {
         "the PRM as reward model beats it as value model, and a linear value head",
         REINFORCE,
         (REINFORCE_PRIME, AS_VALUE),
+    ),
+    "rates": Experiment(
+        "rates",
+        "Each at several learning rates of the policy",
+        "(the paper has one)",
+        RLOO,
+        (
+            PRIME,
+            *(at_rate(arm, rate) for rate in ("1e-4", "4e-4") for arm in (RLOO, PRIME)),
+        ),
+    ),
+    "knobs": Experiment(
+        "knobs",
+        "What PRIME depends on here",
+        "(the paper has one setting)",
+        RLOO,
+        (PRIME, *PRIME_KNOBS),
     ),
 }

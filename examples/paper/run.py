@@ -3,10 +3,10 @@
     python examples/paper/run.py FIGURE [--seeds N] [--out DIR] [--results DIR]
         [--only-report] [--section.key=value …]
 
-FIGURE is 3, 4, 5, 8, 9, 10, 11 or `all`, as the paper counts them (5 is its 5 and 6). What is
-missing is made: the task, the fine-tuned start, the runs of all arms and seeds; what is there is
-not made again, and a killed command continues. The picture and the table go to DIR/results, or
-where --results says. Knobs are set in all runs, which makes other runs of them.
+FIGURE is 3, 4, 5, 8, 9, 10 or 11, as the paper counts them (5 is its 5 and 6), `rates`, `knobs`
+or `all`. What is missing is made: the task, the fine-tuned start, the runs of all arms and seeds;
+what is there is not made again, and a killed command continues. The picture and the table go to
+DIR/results, or where --results says. Knobs are set in all runs, which makes other runs of them.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def report(
     done = [all(run.done for run in same_seed) for same_seed in zip(*runs, strict=True)]
     kept = [[run for run, there in zip(arm, done, strict=True) if there] for arm in runs]
     if not kept[0]:
-        print(f"figure {experiment.figure}: no seed has all arms yet")
+        print(f"{experiment.heading}: no seed has all arms yet")
         return
     traces = [[trace_of(run) for run in arm] for arm in kept]
     results.mkdir(parents=True, exist_ok=True)
-    stem = results / f"figure_{int(experiment.figure):02d}"
+    stem = results / experiment.file_name
     rows = [
         row_of(arm.label, seeds, traces[0])
         for arm, seeds in zip(experiment.all_arms, traces, strict=True)
@@ -70,7 +70,7 @@ def report(
     stem.with_suffix(".md").write_text("\n".join(lines))
     draw(experiment, traces, stem.with_suffix(".png"))
     write_rewards(stem.with_suffix(".csv"), traces)
-    print(f"## Figure {experiment.figure}: {experiment.title}\n\n" + "\n".join(lines))
+    print(f"## {experiment.heading}: {experiment.title}\n\n" + "\n".join(lines))
 
 
 def localisation_line(label: str, found: Sequence[object]) -> str:
