@@ -16,11 +16,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import task
 import torch
 from runs import HERE, ROOT, Place, Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Answer = tuple[tuple[int, ...], dict[str, Any]]  # of a rollout file: prompt_ids, rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def summary(
     step: int,
     settings: task.Task,
     prompts: Sequence[str],
-    answers: Sequence[tuple[tuple[int, ...], dict[str, object]]],
+    answers: Sequence[Answer],
     rewards: Sequence[Sequence[float]],
 ) -> Found:
     """Compare lowest and first wrong steps."""
@@ -112,11 +115,9 @@ def _area(right: Sequence[float], wrong: Sequence[float]) -> float:
 
 
 @torch.inference_mode()
-def log_ratios(
-    prm: Path, reference: Path, answers: Sequence[tuple[tuple[int, ...], dict[str, object]]]
-) -> list[list[float]]:
+def log_ratios(prm: Path, reference: Path, answers: Sequence[Answer]) -> list[list[float]]:
     """log(prm / reference) of each response token."""
-    sequences = [torch.tensor([*prompt, *rollout["response_ids"]]) for prompt, rollout in answers]  # type: ignore[misc]
+    sequences = [torch.tensor([*prompt, *rollout["response_ids"]]) for prompt, rollout in answers]
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     both = []
     for folder in (prm, reference):
@@ -134,4 +135,6 @@ def convert(checkpoint: Path, hf: Path) -> None:
     """The PRM of a run's checkpoint as a Hugging Face folder."""
     tool = [sys.executable, str(HERE.parents[1] / "tools" / "convert_megatron_to_hf.py")]
     words = [*tool, "--checkpoint", str(checkpoint), "--model", "prm", "--out", str(hf)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from localise import convert
 from runs import HERE, Place, launch
 
-STEPS = 30  # of prime.toml's batch: the rollouts that the PRM learns from
+STEPS = 60  # of prime.toml's batch: the rollouts that the PRM learns from
+RATE = "2e-4"  # its learning rate; with that of an online PRM it follows the last batches
 
 
 def train(place: Place) -> None:
@@ -30,6 +31,7 @@ def train(place: Place) -> None:
         f"--debug.rollouts_from={sampled / 'rollouts'}",
         "--debug.save_rollouts=false",
         "--policy.lr=1e-12",
+        f"--prm.lr={RATE}",
         f"--run.steps={STEPS}",
     ]
     launch("train", HERE / "prime.toml", [*shared, *knobs], folder / "train.log")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from draw import draw
 from experiments import EXPERIMENTS, Experiment
-from localise import localisation
+from localise import Found, localisation
 from measure import Trace, markdown, row_of, trace_of
 from runs import Place, Run, complete, run_of
 
@@ -73,12 +73,10 @@ def report(
     print(f"## {experiment.heading}: {experiment.title}\n\n" + "\n".join(lines))
 
 
-def localisation_line(label: str, found: Sequence[object]) -> str:
+def localisation_line(label: str, found: Sequence[Found]) -> str:
     """A sentence for the table: by the rollout step at which the PRM was asked."""
-    from localise import Found
-
     texts = []
-    asked = [f for f in found if isinstance(f, Found) and f.answers]
+    asked = [f for f in found if f.answers]
     for step in sorted({f.step for f in asked}):
         here = [f for f in asked if f.step == step]
         answers = sum(f.answers for f in here)
