@@ -147,14 +147,15 @@ EXPERIMENTS = {
         "Estimators with and without PRIME",
         "PRIME improves all of them; RLOO with PRIME is best",
         RLOO,
-        (PRIME, REINFORCE, REINFORCE_PRIME, GRPO, GRPO_PRIME),  # PPO: see README.md
+        # PPO's two arms, with a critic, belong here: estimator("gae") and its outcome_only.
+        (PRIME, REINFORCE, REINFORCE_PRIME, GRPO, GRPO_PRIME),
     ),
     "11": Experiment(
         "11",
         "Value model or reward model",
         "the PRM as reward model beats it as value model, and a linear value head",
         REINFORCE,
-        (REINFORCE_PRIME, AS_VALUE),
+        (REINFORCE_PRIME, AS_VALUE),  # and PPO's linear value head
     ),
     "rates": Experiment(
         "rates",

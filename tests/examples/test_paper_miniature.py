@@ -188,6 +188,38 @@ def test_the_full_scale_differs_in_sizes_and_readme_names_every_difference():
         full_scale.table({**found, "advantage.gamma": (1.0, 0.9)})
 
 
+RESULTS = sorted((PAPER / "results").glob("*.csv"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_tables_of_the_readme_are_those_of_the_rewards(path):
+    table = path.with_suffix(".md").read_text()
+    assert table in (PAPER / "README.md").read_text()
+    rewards: dict[tuple[str, int], list[float]] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            rewards.setdefault((row["arm"], int(row["seed"])), []).append(float(row["reward"]))
+    experiment = next(e for e in experiments.EXPERIMENTS.values() if e.file_name == path.stem)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+    base = [
+        np.mean(rewards[key][-10:]) for key in sorted(rewards) if key[0] == experiment.baseline.name
+    ]
+    for arm in experiment.all_arms:
+        finals = [np.mean(rewards[key][-10:]) for key in sorted(rewards) if key[0] == arm.name]
+        cells = lines[arm.label].split(" | ")
+        assert int(cells[1]) == len(finals)
+        found = [float(part) for part in cells[2].split(" ± ")]
+        assert found[0] == pytest.approx(np.mean(finals), abs=6e-4)
+        if len(finals) == 1:
+            continue
+        quantile = {2: 12.706, 3: 4.303, 5: 2.776}[len(finals)]
+        half = quantile * np.std(finals, ddof=1) / np.sqrt(len(finals))
+        assert found[1] == pytest.approx(half, abs=1e-3)
+        if arm is not experiment.baseline:
+            gain = np.subtract(finals, base)
+            assert float(cells[3].split(" ± ")[0]) == pytest.approx(np.mean(gain), abs=1.1e-3)
+
+
 TINY = (  # noqa: SIM905
     "--sft.steps=3 --run.steps=3 --rollout.prompts_per_step=2 --rollout.prompts_per_round=2"
     " --policy.mini_batch_size=8 --prm.mini_batch_size=8 --filter.min_accuracy=0"
