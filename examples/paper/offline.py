@@ -19,8 +19,7 @@ def train(place: Place) -> None:
     if (place.offline_prm / "config.json").exists():
         return
     folder = place.out / "offline"
-    data = place.out / "data" / "train.jsonl"
-    shared = [f"--model.hf={place.start}", f"--data.train={data}", *place.overrides]
+    shared = [*place.start_knobs, *place.overrides]
     sampled = folder / "sampled"
     if not (sampled / "done").exists():
         knobs = [f"--run.folder={sampled}", "--run.seed=1000", f"--run.steps={STEPS}"]

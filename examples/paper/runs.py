@@ -8,6 +8,7 @@ same command starts `python -m megatron_prime train` again, which continues from
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +44,16 @@ class Place:
         return self.out / "sft" / "hf"
 
     @property
+    def start_knobs(self) -> tuple[str, ...]:
+        """What all runs start from: model and problems."""
+        data = self.out / "data"
+        return (
+            f"--model.hf={self.start}",
+            f"--data.train={data / 'train.jsonl'}",
+            f"--data.eval={data / 'test.jsonl'}",
+        )
+
+    @property
     def offline_prm(self) -> Path:
         """The PRM that was trained on the start model's rollouts (`offline.py`)."""
         return self.out / "offline" / "hf"
@@ -68,9 +79,7 @@ def run_of(place: Place, arm: Arm, seed: int) -> Run:
     """The run of an arm with a seed; nothing is started."""
     knobs = (
         f"--run.seed={seed}",
-        f"--model.hf={place.start}",
-        f"--data.train={place.out / 'data' / 'train.jsonl'}",
-        f"--data.eval={place.out / 'data' / 'test.jsonl'}",
+        *place.start_knobs,
         *(knob.format(offline_prm=place.offline_prm) for knob in arm.knobs),
         *place.overrides,
     )
@@ -89,21 +98,28 @@ def complete(place: Place, runs: Sequence[Run]) -> None:
         prepare(place)
     for number, run in enumerate(missing, start=1):
         print(f"[{number}/{len(missing)}] {run.folder}", flush=True)
-        if "{offline_prm}" in " ".join(run.arm.knobs):
-            import offline
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with run.folder.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("  another command is making it; left to that one", flush=True)
+                continue
+            if not run.done:
+                _make(place, run)
 
-            offline.train(place)
-        knobs = [f"--run.folder={run.folder}", *run.knobs]
-        started = time.time()
-        cpu_s = launch("train", HERE / "prime.toml", knobs, run.folder.with_suffix(".log"))
-        again = (run.folder / "checkpoints").exists() and _resumed(run.folder, started)
-        cost = {"cpu_s": None if again else cpu_s, "seconds": time.time() - started}
-        (run.folder / "cost.json").write_text(json.dumps(cost))
 
+def _make(place: Place, run: Run) -> None:
+    if "{offline_prm}" in " ".join(run.arm.knobs):
+        import offline
 
-def _resumed(folder: Path, started: float) -> bool:
-    """Whether an earlier start left a checkpoint: then this start's seconds are not all."""
-    return any(path.stat().st_mtime < started for path in (folder / "checkpoints").iterdir())
+        offline.train(place)
+    knobs = [f"--run.folder={run.folder}", *run.knobs]
+    resumes = (run.folder / "checkpoints").exists()  # then this start's seconds are not all
+    started = time.time()
+    cpu_s = launch("train", HERE / "prime.toml", knobs, run.folder.with_suffix(".log"))
+    cost = {"cpu_s": None if resumes else cpu_s, "seconds": time.time() - started}
+    (run.folder / "cost.json").write_text(json.dumps(cost))
 
 
 def prepare(place: Place) -> None:
