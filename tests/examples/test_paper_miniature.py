@@ -221,7 +221,8 @@ def test_the_tables_of_the_readme_are_those_of_the_rewards(path):
 
 
 TINY = (  # noqa: SIM905
-    "--sft.steps=3 --run.steps=3 --rollout.prompts_per_step=2 --rollout.prompts_per_round=2"
+    "--sft.steps=3 --sft.warmup_steps=1 --run.steps=3"
+    " --rollout.prompts_per_step=2 --rollout.prompts_per_round=2"
     " --policy.mini_batch_size=8 --prm.mini_batch_size=8 --filter.min_accuracy=0"
     " --evaluate.max_prompts=4 --checkpoint.every=2 --rollout.max_response_length=12"
 ).split()
