@@ -3,10 +3,10 @@
     python examples/paper/run.py FIGURE [--seeds N] [--out DIR] [--results DIR]
         [--only-report] [--section.key=value …]
 
-FIGURE is 3, 4, 5, 8, 9, 10 or 11, as the paper counts them (5 is its 5 and 6), `rates`, `knobs`
-or `all`. What is missing is made: the task, the fine-tuned start, the runs of all arms and seeds;
-what is there is not made again, and a killed command continues. The picture and the table go to
-DIR/results, or where --results says. Knobs are set in all runs, which makes other runs of them.
+FIGURE is 3, 4, 5, 8, 9, 10 or 11, as the paper counts them (5 is its 5 and 6), `rates`, `knobs`,
+`groups` or `all`. What is missing is made: the task, the fine-tuned start, the runs of all arms
+and seeds; what is there is not made again, and a killed command continues. The picture and the
+table go to DIR/results, or where --results says. Knobs are set in all runs, which makes other runs.
 """
 
 from __future__ import annotations
