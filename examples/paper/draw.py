@@ -50,7 +50,10 @@ def _band(axes: Any, steps: range, curves: list[list[float]], color: str, label:
     found = [interval(values) for values in zip(*curves, strict=True)]
     mean = [point.mean for point in found]
     axes.plot(steps, mean, color=color, linewidth=1.8, label=label)
-    if len(curves) > 1:
+    if len(curves) < 3:  # an interval of two seeds is wider than any axis
+        for curve in curves:
+            axes.plot(steps, curve, color=color, linewidth=0.6, alpha=0.6)
+    else:
         low = [point.mean - point.half for point in found]
         high = [point.mean + point.half for point in found]
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)

@@ -33,9 +33,10 @@ class Interval:
     mean: float
     half: float
 
-    def __str__(self) -> str:
+    def __format__(self, form: str) -> str:
         """As the tables show it."""
-        return f"{self.mean:.3f}" if math.isnan(self.half) else f"{self.mean:.3f} ± {self.half:.3f}"
+        mean = format(self.mean, form)
+        return mean if math.isnan(self.half) else f"{mean} ± {self.half:.3f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def reaches(trace: Trace, baseline: Trace) -> float:
 def interval(values: Sequence[float]) -> Interval:
     """Mean and Student's t interval of independent seeds."""
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or math.isnan(mean):
         return Interval(mean, math.nan)
     error = statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, STUDENT[len(values) - 1] * error)
@@ -183,11 +184,11 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [
             row.label,
             str(row.seeds),
-            str(row.final),
-            "" if row.gain is None else f"{row.gain.mean:+.3f} ± {row.gain.half:.3f}",
-            str(row.held_out),
-            "" if row.gain is None else f"{median} ({span})",
-            str(row.spread),
+            f"{row.final:.3f}",
+            "" if row.gain is None else f"{row.gain:+.3f}",
+            f"{row.held_out:.3f}",
+            "" if row.gain is None else f"{median} ({span.removeprefix('; ')})",
+            f"{row.spread:.3f}",
             f"{row.cost:.2f} ×",
             "" if row.cpu_s is None else f"{row.cpu_s.mean:.0f}",
         ]

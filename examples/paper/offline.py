@@ -10,7 +10,8 @@ from __future__ import annotations
 from localise import convert
 from runs import HERE, Place, launch
 
-STEPS = 60  # of prime.toml's batch: the rollouts that the PRM learns from
+ROUNDS = 60  # of rollouts; some batches take more than one
+STEPS = 50  # of prime.toml's batch: the rollouts that the PRM learns from
 RATE = "2e-4"  # its learning rate; with that of an online PRM it follows the last batches
 
 
@@ -22,7 +23,7 @@ def train(place: Place) -> None:
     shared = [*place.start_knobs, *place.overrides]
     sampled = folder / "sampled"
     if not (sampled / "done").exists():
-        knobs = [f"--run.folder={sampled}", "--run.seed=1000", f"--run.steps={STEPS}"]
+        knobs = [f"--run.folder={sampled}", "--run.seed=1000", f"--run.steps={ROUNDS}"]
         launch("rollout", HERE / "prime.toml", [*shared, *knobs], folder / "rollout.log")
         (sampled / "done").touch()
     knobs = [
