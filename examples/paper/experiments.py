@@ -77,6 +77,17 @@ REINFORCE_PRIME = estimator("reinforce")
 REINFORCE = outcome_only(REINFORCE_PRIME, "reinforce", "REINFORCE")
 GRPO_PRIME = estimator("grpo")
 GRPO = outcome_only(GRPO_PRIME, "grpo", "GRPO")
+PPO_PRIME = Arm(  # the critic learns as the PRM does
+    "ppo_prime",
+    "PPO with PRIME",
+    (
+        "--advantage.estimator=gae",
+        "--critic.lr=1e-3",
+        "--critic.mini_batch_size=64",
+        "--critic.micro_batch_tokens=4096",
+    ),
+)
+PPO = outcome_only(PPO_PRIME, "ppo", "PPO")
 AS_VALUE = Arm("prime_value", "PRIME as value model", ("--advantage.estimator=prime_value",))
 # Of group_size 8, as many responses a step.
 OF_EIGHT = (
@@ -147,15 +158,14 @@ EXPERIMENTS = {
         "Estimators with and without PRIME",
         "PRIME improves all of them; RLOO with PRIME is best",
         RLOO,
-        # PPO's two arms, with a critic, belong here: estimator("gae") and its outcome_only.
-        (PRIME, REINFORCE, REINFORCE_PRIME, GRPO, GRPO_PRIME),
+        (PRIME, REINFORCE, REINFORCE_PRIME, GRPO, GRPO_PRIME, PPO, PPO_PRIME),
     ),
     "11": Experiment(
         "11",
         "Value model or reward model",
         "the PRM as reward model beats it as value model, and a linear value head",
         REINFORCE,
-        (REINFORCE_PRIME, AS_VALUE),  # and PPO's linear value head
+        (REINFORCE_PRIME, AS_VALUE, PPO),
     ),
     "rates": Experiment(
         "rates",

@@ -96,6 +96,8 @@ def cost_of(run: Run, record: dict[str, float]) -> float:
         ]
         passes += 0.0 if config.policy_is_reference else 1.0
         passes += 1.0 if config.prm.loss in ("dpo", "nca", "kto") else 0.0
+    if config.advantage.estimator == "gae":
+        passes += 4.0  # the critic's values of before its update, and that
     return record["rollout/tokens"] + passes * batch
 
 

@@ -36,11 +36,12 @@ def documented() -> Iterator[str]:
 
 def seen_elsewhere(name: str) -> bool:
     """Of overflows, skipped NaNs, weights and KL, in test_fp16.py and test_training.py; of servers,
-    in tests/sglang/test_run.py; of sets, in test_benchmarks.py; of stages, in test_stages.py."""
+    in tests/sglang/test_run.py; of sets, in test_benchmarks.py; of stages, in test_stages.py; of a
+    critic and of masked responses, in test_ppo.py."""
     of_servers = ("/server_restarts", "/repeated_syncs", "/continued_tokens")
     rare = ("/ref_kl", "/loss_scale", "/skipped_steps", "/not_finite_steps")
-    rare += ("prm/epoch",)
-    elsewhere = ("eval/", "held_out/")
+    rare += ("prm/epoch", "policy/masked")
+    elsewhere = ("eval/", "held_out/", "critic/")
     return "/importance" in name or name.startswith(elsewhere) or name.endswith(rare + of_servers)
 
 
