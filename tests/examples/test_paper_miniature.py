@@ -172,7 +172,7 @@ def test_arms_of_one_configuration_are_one_run_and_a_knob_is_another(tmp_path):
     first = runs.run_of(place, experiments.EXPERIMENTS["4"].arms[0], 1)
     assert first.folder == again.folder
     others = [runs.run_of(place, arm, 1).folder for arm in experiments.EXPERIMENTS["10"].all_arms]
-    assert len(set(others)) == 6
+    assert len(set(others)) == 8
     assert runs.run_of(place, experiments.PRIME, 2).folder != first.folder
     changed = runs.Place(tmp_path, ("--prm.beta=0.05",))
     assert runs.run_of(changed, experiments.PRIME, 1).folder != first.folder
