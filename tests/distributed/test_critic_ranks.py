@@ -6,6 +6,7 @@ written out. What the four ranks do is in critic_cases.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from critic_cases import EXPORTED, UPDATES
 from launch import run_ranks
 from layouts import LAYOUTS
 from safetensors.torch import load_file, save_file
+
+from megatron_prime.weights.convert import to_hf
+from megatron_prime.weights.convert_plan import Options
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -217,13 +221,30 @@ def test_a_checkpoint_of_another_layout(
 def test_transformers_reads_the_export(folder: Path, name: str) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder / f"{name}_exported", num_labels=1
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_exported")
     wanted = torch.load(folder / f"{name}-{EXPORTED}.pt", weights_only=False)["weights"]
     assert model.state_dict().keys() == wanted.keys()
     for tensor, value in model.state_dict().items():
         assert torch.equal(value.float(), wanted[tensor]), tensor
+
+
+def test_a_checkpoint_becomes_a_model_that_transformers_reads(folder: Path, name: str) -> None:
+    """Its config.json is a language model's until then: that is what the critic started from."""
+    from transformers import AutoModelForSequenceClassification
+
+    out = folder / f"{name}_converted"
+    options = Options(verify=True)
+    to_hf(folder / f"{name}_saved", folder / name, out, options, lambda *_, **__: None, critic=True)
+    wanted = torch.load(folder / f"{name}-{next(iter(LAYOUTS))}.pt", weights_only=False)["weights"]
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.state_dict().keys() == wanted.keys()
+    for tensor, value in model.state_dict().items():
+        assert torch.equal(value.float(), wanted[tensor]), tensor
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+    ids, prompt = make_job()["sequences"][0]
+    with torch.no_grad():
+        value = model.eval()(torch.tensor([ids[:prompt]])).logits
+    assert value.shape == (1, 1), "one number, after the prompt"
 
 
 def test_a_skipped_batch_is_kept_for_replay(folder: Path, name: str) -> None:
