@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_prime import precision_rules
 from megatron_prime.config import BatchSection, ModelName, RunConfig
@@ -67,6 +68,42 @@ def check_model(
             f"{_sum(lengths)} tokens, more than the {room} of max_position_embeddings or "
             f"sliding_window of {knob}; lower it"
         )
+
+
+def check_vocabulary(config: RunConfig, knob: str, folder: Path) -> Iterator[str]:
+    """Whether the model in `folder` has as many tokens as `model.hf`: of others the same ids may be
+    other words, or none. Sizes may differ by padding, if both tokenizers are there and agree."""
+    found, wanted = (
+        _json(path / "config.json").get("vocab_size") for path in (folder, config.model.hf)
+    )
+    if None in (found, wanted) or found == wanted:
+        return
+    tokens = [_tokens(_json(path / "tokenizer.json")) for path in (folder, config.model.hf)]
+    if tokens[0] is None or tokens[0] != tokens[1]:
+        yield (
+            f"{knob}: found vocab_size {found} in {folder}, wanted {wanted} as in model.hf, or the "
+            "same tokens in both tokenizer.json; take a checkpoint with the tokenizer of model.hf"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file says; nothing if it isn't there or no JSON."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # a model without it, or a folder without a model
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tokens(tokenizer: dict[str, Any]) -> dict[str, int] | None:
+    """The ids of a tokenizer.json's tokens; None if it has no table of them."""
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    if not isinstance(vocabulary, dict):
+        return None
+    return {
+        **vocabulary,
+        **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])},
+    }
 
 
 def _sum(lengths: dict[str, int]) -> str:

@@ -167,10 +167,10 @@ class FilterSection(Section):
     """Prompts whose responses all earned the same: of right and wrong answers the window's ends
     drop them, but not of partly right ones."""
     truncated: Literal["keep", "drop", "mask"] = "keep"
-    """Prompts with a response that was cut at `rollout.max_response_length`. `mask` keeps them but
-    gives the cut responses no policy loss (overlong filtering): they stay in their group's
-    baseline, and PRM and critic learn from them, but the policy is not told off for what may have
-    been right had it been allowed to end."""
+    """Prompts with a response that was cut at `rollout.max_response_length`. `mask` keeps them, but
+    policy and critic learn nothing of the cut responses (overlong filtering): the PRM does, and
+    they stay in their group's baseline, but the policy is not told off for what may have been right
+    had it been allowed to end."""
 
 
 class PolicySection(BatchSection):

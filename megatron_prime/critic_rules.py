@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_prime.config import CriticSection, RunConfig
+from megatron_prime.config import RunConfig
+from megatron_prime.options import Section
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -17,7 +18,12 @@ def problems(config: RunConfig) -> Iterator[str]:
     )
     if config.advantage.gae_lambda != 1:
         yield f"advantage.gae_lambda: found {config.advantage.gae_lambda:g}, {why}"
-    default = CriticSection()
-    for knob in CriticSection.model_fields:
-        if (value := getattr(config.critic, knob)) != getattr(default, knob):
-            yield f"critic.{knob}: found {value}, {why}"
+    tables: tuple[tuple[str, Section], ...] = (
+        ("critic", config.critic),
+        ("precision.critic", config.precision.critic),
+    )
+    for name, table in tables:
+        default = type(table)()
+        for knob in type(table).model_fields:
+            if (value := getattr(table, knob)) != getattr(default, knob):
+                yield f"{name}.{knob}: found {value}, {why}"

@@ -110,7 +110,7 @@ def of_batch(batch: TrainBatch, update: PolicyUpdate, config: RunConfig) -> Metr
     mismatch = metrics.mismatch_kl(update.old_logprobs, rollouts.rollout_logprobs, mask)
     if alarm is not None:  # what is no number is a cause, too
         mismatch["mismatch_alarm"] = float(not mismatch["mismatch_kl"] <= alarm)
-    inside = batch.advantages[mask]
+    inside = batch.advantages[mask if rollouts.learns is None else mask & rollouts.learns[:, None]]
     return {
         **{f"{_owner(name)}/{name}": value for name, value in returns.items()},
         **{f"rollout/{name}": value for name, value in mismatch.items()},

@@ -23,18 +23,19 @@ from megatron_prime.value_batch import ValueBatch
 
 def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
     """Train from `state` (a fresh one, or a checkpoint's) to `config.run.steps`."""
+    mixed, masked = config.rollout.keep_partial, config.filter.truncated == "mask"
     sync_weights(roles)
     if state.step == 0:
         roles.recorder.log(0, evaluate(config, roles) | roles.gpus.take_seconds())
     for step in range(state.step + 1, config.run.steps + 1):
         groups, surplus, metrics = collect(config, roles, step, state.surplus)
-        scored = score(roles, t.RolloutBatch.from_groups(groups, config.rollout.keep_partial))
+        scored = score(roles, t.RolloutBatch.from_groups(groups, mixed, masked))
         process_rewards, of_prm = learn_process_rewards(config, roles, scored)
         batch, of_critic = with_advantages(config, roles, scored, process_rewards)
         with roles.gpus.phase(Phase.UPDATE_POLICY):
             update = roles.policy.update(batch)
         sync_weights(roles)
-        state = t.LoopState(step, keep_surplus(roles, surplus, config.rollout.keep_partial))
+        state = t.LoopState(step, keep_surplus(roles, surplus, mixed))
         metrics |= of_prm | of_critic | update.metrics | figures.of_batch(batch, update, config)
         if config.is_due(step, config.evaluate.every):
             metrics |= evaluate(config, roles)
@@ -47,9 +48,7 @@ def run(config: RunConfig, roles: Roles, state: t.LoopState) -> None:
             raise Interrupted(f"{stop}: saved step {step}; the same command continues from there")
 
 
-def collect(
-    config: RunConfig, roles: Roles, step: int, surplus: t.Groups
-) -> tuple[t.Groups, t.Groups, t.Metrics]:
+def collect(config: RunConfig, roles: Roles, step: int, surplus: t.Groups) -> t.Collected:
     """Roll out, verify, filter; again until the batch is full. Returns batch, surplus, figures."""
     knobs, goal, window = config.rollout, config.rollout.prompts_per_step, config.filter
     kept, seen = list(surplus), list[t.VerifiedGroup]()
@@ -104,15 +103,16 @@ def with_advantages(
     config: RunConfig, roles: Roles, scored: t.ScoredBatch, process_rewards: Tensor | None
 ) -> tuple[t.TrainBatch, t.Metrics]:
     """Advantages of both rewards, on the whole batch, alike on all ranks; a critic learns."""
-    rows, ends = scored.rollouts, roles.steps.step_ends(scored.rollouts)
+    rows = scored.rollouts
     given = process_rewards, rows.outcome_rewards, rows.response_mask
+    how = config.advantage, roles.steps.step_ends(rows), rows.learns
     if roles.critic is None:
-        advantages = prime_advantages(*given, rows.group_size, config.advantage, ends)
+        advantages = prime_advantages(*given, rows.group_size, *how)
         return t.TrainBatch(scored, process_rewards, advantages), {}
     with roles.gpus.phase(Phase.UPDATE_CRITIC):
         values = roles.critic.values(rows)
-        advantages, returns = gae_advantages(*given, values, config.advantage, ends)
-        of_critic = roles.critic.update(ValueBatch(rows, values, returns))
+        advantages, returns, to_come = gae_advantages(*given, values, *how)
+        of_critic = roles.critic.update(ValueBatch(rows, values, returns, to_come))
     return t.TrainBatch(scored, process_rewards, advantages), of_critic
 
 

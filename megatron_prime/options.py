@@ -95,13 +95,15 @@ class AdvantageOptions(Section):
     """`batch_norm` divides process rewards by the largest absolute return-to-go of the whole batch;
     `none` leaves them."""
     whiten: bool = True
-    """Subtract the mean, divide by the standard deviation, of all response tokens of the batch."""
+    """Subtract the mean, divide by the standard deviation, of all response tokens of the batch,
+    but those without a loss (`filter.truncated = "mask"`)."""
     gamma: Fraction = 1.0
     """Discount of future process rewards. The outcome reward is never discounted, but by `gae`,
     whose critic has one value for both."""
     gae_lambda: Fraction = 1.0
-    """Of `gae`: how much of what later values say is left out, from 1, nothing (the paper's), to 0,
-    all but the next one."""
+    """Of `gae`: what a token is credited with, from 1, all rewards to come and no later value (the
+    paper's: no bias), to 0, its own reward and the value of the next token alone (least
+    variance)."""
     process_weight: NonNegativeFloat = 1.0
     """Weight of the process advantage; 0 trains on the outcome alone and no PRM is loaded, nor a
     reference, unless `policy.loss.kl_coefficient` wants it."""
@@ -138,8 +140,8 @@ class PolicyLossOptions(Section):
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus (released run: 0)."""
     kl_coefficient: NonNegativeFloat = 0.0
-    """Weight of the KL divergence from the reference, the frozen weights of `model.hf`, in the loss
-    (released run: 0)."""
+    """Weight of the KL divergence from the reference, the frozen weights that the run starts from
+    (`model.weights`, else `model.hf`), in the loss (released run: 0)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How each token estimates it, with d = log(policy / reference): `k1`, d times the ratio, `k2`,
     d²/2, or `k3`, exp(-d) - 1 + d; their gradients differ, see `algorithm/policy_loss.py`."""

@@ -26,7 +26,7 @@ from megatron_prime.models.factory import (
     sft_engine,
 )
 from megatron_prime.models.guard import Batch, Kept, Tracer, load_batch, load_weights, rollouts_of
-from megatron_prime.models.mini_batch import MiniBatch
+from megatron_prime.models.mini_batch import MiniBatch, learning
 from megatron_prime.models.policy import MegatronPolicy
 from megatron_prime.models.prm import FrozenPrm, MegatronPrm
 from megatron_prime.models.reference import MegatronReference
@@ -91,11 +91,11 @@ def _loss(model: Model, batch: Batch) -> Loss | None:
     if isinstance(model, FineTuning):
         return loss_of(rollouts.response_mask)
     if isinstance(model, MegatronPolicy) and isinstance(batch, TrainBatch):
-        return model.loss_of(batch, model.part_of(rollouts, rows))
+        return model.loss_of(batch, MiniBatch.of(rollouts, learning(rollouts, rows)))
     if isinstance(model, MegatronPrm) and isinstance(batch, ScoredBatch):
         return model.loss_of(batch, rows)
     if isinstance(model, MegatronCritic) and isinstance(batch, ValueBatch):
-        return model.loss_of(batch, MiniBatch.of(rollouts, rows))
+        return model.loss_of(batch, MiniBatch.of(rollouts, learning(rollouts, rows)))
     return None
 
 

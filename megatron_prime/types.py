@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_prime.masking import ended
+
 Metrics = dict[str, float]
 
 
@@ -124,6 +126,7 @@ class VerifiedGroup:
 
 
 Groups = tuple[VerifiedGroup, ...]
+Collected = tuple[Groups, Groups, Metrics]  # a step's batch, the surplus, figures
 
 
 def unanswered(prompts: Sequence[Prompt], groups: Sequence[VerifiedGroup]) -> list[Prompt]:
@@ -160,14 +163,17 @@ class RolloutBatch:
     response_mask: Tensor  # bool [N, T]
     outcome_rewards: Tensor  # float32 [N]
     rollout_logprobs: Tensor  # float32 [N, T], 0 on padding
-    truncated: Tensor | None = None  # bool [N], cut before their end; None: not known
+    learns: Tensor | None = None  # bool [N], rows that policy and critic learn from; None: all
 
     @classmethod
-    def from_groups(cls, groups: Sequence[VerifiedGroup], mixed: bool = False) -> RolloutBatch:
-        """Flatten verified groups of equal size; ValueError unless `mixed`, or of one policy."""
+    def from_groups(
+        cls, groups: Sequence[VerifiedGroup], mixed: bool = False, masked: bool = False
+    ) -> RolloutBatch:
+        """Flatten groups of equal size, of one policy unless `mixed`; `masked`: see masking.py."""
         if not mixed and len(versions := {group.policy_version for group in groups}) != 1:
             raise ValueError(f"found groups of policy versions {sorted(versions)} in one batch")
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rows = [(group.prompt.token_ids, r) for group in groups for r in group.rollouts]
+        rollouts = [rollout for _, rollout in rows]
         lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         logprobs = torch.zeros(mask.shape, dtype=torch.float32)
@@ -175,18 +181,12 @@ class RolloutBatch:
         # Through numpy: it takes a seventh of what torch takes for millions of Python's numbers.
         logprobs[mask] = torch.from_numpy(np.fromiter(found, np.float32, int(lengths.sum())))
         return cls(
-            sequences=tuple(
-                TokenSequence(
-                    group.prompt.token_ids + rollout.response_ids, len(group.prompt.token_ids)
-                )
-                for group in groups
-                for rollout in group.rollouts
-            ),
+            sequences=tuple(TokenSequence(p + r.response_ids, len(p)) for p, r in rows),
             group_size=len(groups[0].rollouts),
             response_mask=mask,
             outcome_rewards=outcome_rewards(groups),
             rollout_logprobs=logprobs,
-            truncated=torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
+            learns=ended([rollout.finish_reason for rollout in rollouts]) if masked else None,
         )
 
     def select(self, rows: Tensor) -> RolloutBatch:
@@ -197,7 +197,7 @@ class RolloutBatch:
             self.response_mask[rows],
             self.outcome_rewards[rows],
             self.rollout_logprobs[rows],
-            None if self.truncated is None else self.truncated[rows],
+            None if self.learns is None else self.learns[rows],
         )
 
     def _are_whole_groups(self, rows: Tensor) -> bool:

@@ -31,6 +31,7 @@ from megatron_prime.common_rules import (
     check_model,
     check_schedule,
     check_shares,
+    check_vocabulary,
 )
 from megatron_prime.config import BatchSection, ConfigError, ModelName, RunConfig
 from megatron_prime.families import with_defaults
@@ -103,6 +104,7 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             yield from _batches(config, role, config.batches_of(role), world_size)
         if (hf := config.own_hf(role)) is not None:
             yield from check_model(config, f"{role}.hf", hf, _longest(config), (role,))
+            yield from check_vocabulary(config, f"{role}.hf", hf)
 
 
 def _start(config: RunConfig) -> Iterator[str]:

@@ -18,8 +18,10 @@ class ValueBatch:
 
     rollouts: RolloutBatch
     values: Tensor  # float32 [N, T], before the update, 0 on padding
-    returns: Tensor  # float32 [N, T], of the same rewards, 0 on padding
+    returns: Tensor  # float32 [N, T], what it learns, 0 on padding
+    to_come: Tensor  # float32 [N, T], rewards to come, with no value in them, 0 on padding
 
     def select(self, rows: Tensor) -> ValueBatch:
         """Only `rows` (int64 [n])."""
-        return ValueBatch(self.rollouts.select(rows), self.values[rows], self.returns[rows])
+        tensors = self.values[rows], self.returns[rows], self.to_come[rows]
+        return ValueBatch(self.rollouts.select(rows), *tensors)

@@ -45,6 +45,7 @@ def test_gae_needs_no_groups() -> None:
         ("critic.lr: found 0.001", {"critic": {"lr": 1e-3}}),
         ("critic.hf: found elsewhere", {"critic": {"hf": "elsewhere"}}),
         ("critic.value_clip: found None", {"critic": {"value_clip": None}}),
+        ("precision.critic.dtype: found fp32", {"precision": {"critic": {"dtype": "fp32"}}}),
     ],
 )
 def test_a_critic_is_of_gae_alone(estimator: str, knob: str, tables: dict[str, Any]) -> None:

@@ -371,6 +371,29 @@ def test_a_critic_of_the_outcome_alone() -> None:
     torch.testing.assert_close(fake.trained_on[0].advantages, outcomes - 0.25)
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "gae"])
+def test_what_is_masked_is_neither_trained_nor_in_the_whitening(estimator: str) -> None:
+    fake = Fake([0.5])
+    rollouts = (replace(ROLLOUT, finish_reason="length"), *(ROLLOUT,) * 3)
+    surplus = tuple(VerifiedGroup(p, rollouts, (0.0, 1.0, 0.0, 1.0), 0) for p in fake.take(2))
+    play(
+        fake,
+        LoopState(0, surplus),
+        rollout={"prompts_per_step": 2},
+        filter={"truncated": "mask"},
+        advantage={"estimator": estimator},
+    )
+    batch = fake.trained_on[0]
+    learns = batch.scored.rollouts.learns
+    assert learns is not None
+    assert learns.tolist() == [False, True, True, True] * 2
+    trained = batch.advantages[learns]
+    assert trained.mean().abs() < 1e-6
+    assert trained.std() == pytest.approx(1.0, abs=1e-4)
+    assert fake.logged[1]["policy/advantage_std"] == pytest.approx(1.0, abs=1e-4)
+    assert batch.advantages.std() != pytest.approx(1.0, abs=1e-2)
+
+
 def test_refills_until_full_and_returns_stale_surplus_prompts() -> None:
     fake = Fake([0.5, 1.0, 0.5, 0.5])
     play(fake)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_prime.errors import RunError
 from megatron_prime.types import (
     OldLogprobs,
     Prompt,
@@ -84,11 +85,20 @@ def test_only_whole_groups_stay_groups(rows: list[int], group_size: int) -> None
     assert batch.select(torch.tensor(rows)).group_size == group_size
 
 
-def test_which_responses_were_cut_is_known() -> None:
+def test_responses_that_were_cut_are_not_learnt_from_if_that_was_asked_for() -> None:
     cut = replace(WHOLE, finish_reason="length")
-    batch = RolloutBatch.from_groups([group(WHOLE, cut), group(cut, WHOLE, number=1)])
-    assert batch.truncated is not None
-    assert batch.truncated.tolist() == [False, True, True, False]
-    part = batch.select(torch.tensor([3, 1])).truncated
+    groups = [group(WHOLE, cut), group(cut, WHOLE, number=1)]
+    batch = RolloutBatch.from_groups(groups, masked=True)
+    assert batch.learns is not None
+    assert batch.learns.tolist() == [True, False, False, True]
+    part = batch.select(torch.tensor([3, 1])).learns
     assert part is not None
-    assert part.tolist() == [False, True]
+    assert part.tolist() == [True, False]
+    assert RolloutBatch.from_groups(groups).learns is None
+
+
+def test_a_batch_of_cut_responses_alone_ends_the_run_if_they_are_masked() -> None:
+    cut = replace(WHOLE, finish_reason="length")
+    with pytest.raises(RunError, match=r'all 2 responses .* set filter.truncated = "keep"'):
+        RolloutBatch.from_groups([group(cut, cut)], masked=True)
+    assert len(RolloutBatch.from_groups([group(cut, cut)]).sequences) == 2

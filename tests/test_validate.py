@@ -256,6 +256,39 @@ def test_the_prm_must_be_cut_like_the_policy(config, tmp_path):
     assert found.endswith("num_key_value_heads = 1 of prm.hf")
 
 
+def with_tokens(folder, size, words=None):
+    (folder / "config.json").write_text(json.dumps(QWEN | {"vocab_size": size}))
+    if words is not None:
+        added = [{"id": len(words), "content": "<end>"}]
+        table = {"model": {"vocab": {word: i for i, word in enumerate(words)}}}
+        (folder / "tokenizer.json").write_text(json.dumps(table | {"added_tokens": added}))
+
+
+@pytest.mark.parametrize("role", ["prm", "critic"])
+def test_a_model_of_another_vocabulary_is_refused(config, tmp_path, role):
+    critic = {"hf": tmp_path / "prm", "mini_batch_size": 64, "micro_batch_tokens": 256}
+    own = {"prm": {"hf": tmp_path / "prm"}}
+    if role == "critic":
+        own = {"critic": critic, "advantage": {"estimator": "gae"}}
+    with_tokens(tmp_path / "model", 300)
+    for size in (299, 304):
+        with_tokens(tmp_path / "prm", size)
+        (found,) = problems(config(**own))
+        assert found.startswith(f"{role}.hf: found vocab_size {size} in ")
+        assert "wanted 300 as in model.hf" in found
+    with_tokens(tmp_path / "prm", 300)
+    assert problems(config(**own)) == []
+
+
+def test_vocabularies_may_differ_by_padding(config, tmp_path):
+    own = {"prm": {"hf": tmp_path / "prm"}}
+    with_tokens(tmp_path / "model", 300, "abc")
+    for words, fits in (("abc", True), ("abd", False), ("abcd", False), (None, False)):
+        (tmp_path / "prm" / "tokenizer.json").unlink(missing_ok=True)
+        with_tokens(tmp_path / "prm", 304, words)
+        assert (problems(config(**own)) == []) is fits, words
+
+
 def test_an_outcome_only_run_needs_nothing_of_the_prm(config, tmp_path):
     broken = {"mini_batch_size": 7, "micro_batch_tokens": 1, "hf": tmp_path / "nowhere"}
     assert len(problems(config(prm=broken))) == 3

@@ -124,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--hf", type=Path, required=True, help="the Hugging Face directory")
     add("--checkpoint", type=Path, required=True, help="checkpoints/step_…, or a converted one")
-    add("--model", choices=MODELS, default="policy", help="of a run (default: policy)")
+    add(
+        "--model",
+        choices=[name for name in MODELS if name != "critic"],
+        default="policy",
+        help="of a run (default: policy)",
+    )
     add("--text", default=TEXT)
     add("--tokens", help="token numbers in place of a text: 1,2,3")
     add("--tolerance", type=float, default=1e-4, help="what still counts as rounding")

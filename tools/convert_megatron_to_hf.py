@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "Hugging Face directory that the model started from"
             )
         check_sizes(weights.folder)
-        count = to_hf(weights.folder, hf_dir, known.out, options_of(known), Progress())
+        critic = "critic" in (known.model, weights.folder.name)
+        count = to_hf(weights.folder, hf_dir, known.out, options_of(known), Progress(), critic)
         return count, weights.folder
 
     return finish(job, known.out, known.verify)

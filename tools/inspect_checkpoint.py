@@ -97,16 +97,18 @@ def _run(folder: Path) -> Iterator[str]:
         hf = hf_of(folder / "run.json", model)
         yield f"{model}: from {hf}"
         if (hf / "config.json").exists():
-            yield f"  {_architecture(hf)}"
+            yield f"  {_architecture(hf, critic=model == 'critic')}"
         yield from _distributed(folder / model)
 
 
-def _architecture(hf_dir: Path) -> str:
+def _architecture(hf_dir: Path, critic: bool = False) -> str:
     shape = ModelShape.from_hf(hf_dir)
+    shape = shape.as_critic() if critic else shape
     return (
         f"{shape.family}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} key/value), vocabulary {shape.vocab_size}"
         f"{', tied embeddings' if shape.tied_embeddings else ''}"
+        f"{', value head' if shape.value_head else ''}"
     )
 
 

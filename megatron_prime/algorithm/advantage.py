@@ -38,6 +38,7 @@ def prime_advantages(
     group_size: int,
     options: AdvantageOptions,
     step_ends: Tensor | None = None,
+    learns: Tensor | None = None,
 ) -> Tensor:
     """Advantages of all tokens of a whole batch: [N, T], 0 on padding, without gradient.
 
@@ -53,6 +54,8 @@ def prime_advantages(
     (PRIME Algorithm 1, Eq. 7, Eq. 8 and "PRIME as value model"; RLOO's released c is told in
     `_compared`.) `process_rewards` [N, T] may be None when `process_weight` is 0;
     `outcome_rewards` is [N]; `step_ends` [N, T] is asked for by `granularity = "step"`.
+    `learns` (bool [N]) says which rows have a loss: the others are in all of this, but not in the
+    mean and deviation of whitening, or what is trained would not be centred.
 
     Raises ValueError for a group_size below 2 where a group is needed, partial groups, shapes that
     differ, empty responses, missing process rewards and missing step ends; and for `gae`, which
@@ -81,7 +84,7 @@ def prime_advantages(
             compared = _compared(rewards, places, response_mask, group_size, options)
             part = returns_to_go(compared, options.gamma)
         advantages = advantages + options.process_weight * part
-    return whiten(advantages, response_mask) if options.whiten else advantages
+    return whiten(advantages, response_mask, learns) if options.whiten else advantages
 
 
 def placed_rewards(

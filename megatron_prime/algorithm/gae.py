@@ -31,11 +31,13 @@ def gae_advantages(
     values: Tensor,
     options: AdvantageOptions,
     step_ends: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantages of all tokens of a batch, and the returns: [N, T] each, 0 on padding.
+    learns: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages of all tokens of a batch, returns, and rewards to come: [N, T], 0 on padding.
 
-    No gradient runs through either. `values` [N, T] are the critic's before it is updated; the
-    others are those of `advantage.prime_advantages`. `whiten` changes the advantages alone.
+    No gradient runs through them. `values` [N, T] are the critic's before it is updated; the others
+    are those of `advantage.prime_advantages`. `whiten` changes the advantages alone. Rewards to
+    come are the returns at lambda = 1, whatever lambda is: no value is in them.
 
     Raises ValueError for shapes that differ, empty responses, missing process rewards or step ends.
     """
@@ -51,4 +53,6 @@ def gae_advantages(
     surprises = zero_padding(rewards + options.gamma * after - expected, response_mask)
     advantages = returns_to_go(surprises, options.gamma * options.gae_lambda)
     returns = advantages + expected
-    return whiten(advantages, response_mask) if options.whiten else advantages, returns
+    if options.whiten:
+        advantages = whiten(advantages, response_mask, learns)
+    return advantages, returns, returns_to_go(rewards, options.gamma)

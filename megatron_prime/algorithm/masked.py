@@ -38,10 +38,16 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(squares, mask) / (mask.sum() - 1).clamp(min=1)
 
 
-def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(unbiased variance + eps) over all values inside the mask, 0 outside."""
-    centred = zero_padding(values, mask) - masked_mean(values, mask)
-    return zero_padding(centred / (masked_variance(values, mask) + eps).sqrt(), mask)
+def whiten(
+    values: Tensor, mask: Tensor, counted: Tensor | None = None, eps: float = 1e-8
+) -> Tensor:
+    """(x - mean) / sqrt(unbiased variance + eps) over all values inside the mask, 0 outside.
+
+    `counted` (bool [N]): mean and variance are of these rows' values alone.
+    """
+    of = mask if counted is None else mask & counted[:, None]
+    centred = zero_padding(values, mask) - masked_mean(values, of)
+    return zero_padding(centred / (masked_variance(values, of) + eps).sqrt(), mask)
 
 
 def by_group(values: Tensor, group_size: int) -> Tensor:

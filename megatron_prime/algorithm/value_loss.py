@@ -20,6 +20,8 @@ from megatron_prime.algorithm.masked import (
     zero_padding,
 )
 
+_ROUNDING = 1e-5  # relative, of float32 sums over a response: equal returns differ by less
+
 
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, clip: float | None
@@ -40,10 +42,14 @@ def value_metrics(
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:
     """1 - Var(G - V) / Var(G) over all tokens: 1 of a perfect critic, 0 of a constant, less of a
-    worse one; 0 where all returns are equal."""
-    known, found = (zero_padding(x, response_mask) for x in (returns, values))
+    worse one; 0 where all returns are equal, to within the rounding of their sums.
+
+    G must have no V in it, or a critic is praised for agreeing with itself.
+    """
+    known, found = (zero_padding(x.double(), response_mask) for x in (returns, values))
     spread = masked_variance(known, response_mask)
-    if spread == 0:
+    size = masked_mean(known.square(), response_mask).clamp(min=1.0)
+    if spread <= _ROUNDING**2 * size:
         return 0.0
     return (1 - masked_variance(known - found, response_mask) / spread).item()
 

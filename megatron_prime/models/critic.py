@@ -21,7 +21,13 @@ from megatron_prime.algorithm.value_loss import (
 from megatron_prime.config import CriticSection
 from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
-from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
+from megatron_prime.models.mini_batch import (
+    MiniBatch,
+    combine,
+    learning,
+    learning_part,
+    loss_scaling,
+)
 from megatron_prime.models.training import StepResult, TrainableEngine
 from megatron_prime.types import Metrics, RolloutBatch
 from megatron_prime.value_batch import ValueBatch
@@ -40,20 +46,24 @@ class MegatronCritic:
         return self.guard.logprobs(self.engine, batch)
 
     def update(self, batch: ValueBatch) -> Metrics:
-        """One pass over the batch, in its order, an optimizer step per mini-batch."""
+        """One pass over the batch, in its order, an optimizer step per mini-batch with a loss."""
         rollouts = batch.rollouts
         rate = self.engine.next_rate()
         metrics, steps = [], []
         for rows in torch.arange(len(rollouts.sequences)).split(self.knobs.mini_batch_size):
-            part = MiniBatch.of(rollouts, rows)
+            part = MiniBatch.of(rollouts, learning(rollouts, rows))
+            if not part.rollouts:
+                continue
             step = self.guard.train_step(self.engine, batch, rows, self.loss_of(batch, part))
             if step is not None:
                 steps.append(step)
-                metrics.append((part, self._metrics(batch, rows, step)))
+                metrics.append((part, self._metrics(batch, learning(rollouts, rows), step)))
         mask = rollouts.response_mask
+        if rollouts.learns is not None:
+            mask = mask & rollouts.learns[:, None]
         figures = combine(metrics) | {
             "critic/lr": rate,
-            "critic/explained_variance": explained_variance(batch.values, batch.returns, mask),
+            "critic/explained_variance": explained_variance(batch.values, batch.to_come, mask),
             "critic/value_mean": masked_mean(batch.values, mask).item(),
             "critic/return_mean": masked_mean(batch.returns, mask).item(),
         }
@@ -66,6 +76,9 @@ class MegatronCritic:
 
     def _loss(self, batch: ValueBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's loss, a mean over tokens."""
+        forward = learning_part(batch.rollouts, forward)
+        if not len(forward.rows):
+            return forward.values.sum()  # 0, and so is its gradient
         old, returns, mask = part.cut(
             forward, batch.values, batch.returns, batch.rollouts.response_mask
         )

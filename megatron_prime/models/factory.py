@@ -25,8 +25,7 @@ from megatron_prime.weights.source import MegatronWeights
 def policy_of(config: RunConfig) -> MegatronPolicy:
     """The policy, at its start."""
     engine = trained(config, "policy", config.policy, config.rollout.temperature, config.run.steps)
-    masks = config.filter.truncated == "mask"
-    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"), masks)
+    return MegatronPolicy(engine, config.policy, config.run.seed, Guard(config, "policy"))
 
 
 def prm_of(config: RunConfig) -> MegatronPrm | FrozenPrm:

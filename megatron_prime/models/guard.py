@@ -160,7 +160,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
         rest = {"process_rewards": batch.process_rewards, "advantages": batch.advantages}
         return {"scored": _plain(batch.scored), **rest}
     if isinstance(batch, ValueBatch):
-        rest = {"values": batch.values, "returns": batch.returns}
+        rest = {"values": batch.values, "returns": batch.returns, "to_come": batch.to_come}
         return {"rollouts": _plain(batch.rollouts), **rest}
     if isinstance(batch, ScoredBatch):
         return {
@@ -177,7 +177,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
         "response_mask": batch.response_mask,
         "outcome_rewards": batch.outcome_rewards,
         "rollout_logprobs": batch.rollout_logprobs,
-        "truncated": batch.truncated,
+        "learns": batch.learns,
     }
 
 

@@ -53,6 +53,18 @@ class MiniBatch:
         return [tensor[rows, :width].to(forward.logprobs.device) for tensor in tensors]
 
 
+def learning(batch: RolloutBatch, rows: Tensor) -> Tensor:
+    """Those of `rows` (int64 [n]) that policy and critic learn from."""
+    return rows if batch.learns is None else rows[batch.learns[rows]]
+
+
+def learning_part(batch: RolloutBatch, forward: Forward) -> Forward:
+    """Only the rows of a micro-batch that policy and critic learn from."""
+    if batch.learns is None:
+        return forward
+    return forward.select(batch.learns[forward.rows.cpu()].to(forward.rows.device))
+
+
 def combine(steps: Sequence[tuple[MiniBatch, Metrics]]) -> Metrics:
     """An update's figures from its optimizer steps': means weigh by what they are means of."""
 

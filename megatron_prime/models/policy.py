@@ -22,7 +22,13 @@ from megatron_prime.algorithm.policy_loss import aggregate, clipped_policy_loss,
 from megatron_prime.config import PolicySection
 from megatron_prime.models.engine import Forward, Loss
 from megatron_prime.models.guard import Guard
-from megatron_prime.models.mini_batch import MiniBatch, combine, loss_scaling
+from megatron_prime.models.mini_batch import (
+    MiniBatch,
+    combine,
+    learning,
+    learning_part,
+    loss_scaling,
+)
 from megatron_prime.models.training import StepResult, TrainableEngine
 from megatron_prime.types import Metrics, OldLogprobs, PolicyUpdate, RolloutBatch, TrainBatch
 from megatron_prime.weights.source import LiveWeights
@@ -32,19 +38,12 @@ class MegatronPolicy:
     """The Policy role on a Megatron-core engine."""
 
     def __init__(
-        self,
-        engine: TrainableEngine,
-        knobs: PolicySection,
-        seed: int,
-        guard: Guard,
-        masks_truncated: bool = False,
+        self, engine: TrainableEngine, knobs: PolicySection, seed: int, guard: Guard
     ) -> None:
-        """`masks_truncated`: responses that were cut have no loss."""
         self.engine = engine
         self.guard = guard
         self.knobs = knobs
         self.seed = seed
-        self.masks_truncated = masks_truncated
         self.version = 0
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
@@ -69,6 +68,7 @@ class MegatronPolicy:
     def update(self, batch: TrainBatch) -> PolicyUpdate:
         """One pass over the batch in shuffled mini-batches, an optimizer step each.
 
+        None of a mini-batch without a loss: momentum and weight decay would move weights.
         Raises ValueError when rows that train after an optimizer step were not scored.
         """
         rollouts, scored = batch.scored.rollouts, batch.scored.old_logprobs
@@ -82,14 +82,14 @@ class MegatronPolicy:
         seen = torch.zeros(rollouts.response_mask.shape)  # by the training forwards
         metrics, steps = [], []
         for rows in order.split(size):
-            part = self.part_of(rollouts, rows)
-            loss = self.loss_of(batch, part)
-            step = self.guard.train_step(self.engine, batch, rows, loss)
+            part, step = MiniBatch.of(rollouts, learning(rollouts, rows)), None
+            if part.rollouts:
+                loss = self.loss_of(batch, part)
+                step = self.guard.train_step(self.engine, batch, rows, loss)
             if step is not None:
                 steps.append(step)
                 seen[rows] = step.logprobs[rows]
-                if len(learning := self._learning(rollouts, rows)):
-                    metrics.append((part, self._metrics(batch, learning, step)))
+                metrics.append((part, self._metrics(batch, learning(rollouts, rows), step)))
             elif not scored.known[rows].all():  # the first: no weight has changed
                 found = self.logprobs(rollouts.select(rows))
                 seen[rows, : found.shape[1]] = found
@@ -97,23 +97,9 @@ class MegatronPolicy:
         old = scored.or_else(seen)
         shown = combine(metrics) | {"policy/lr": rate} | self._importance_metrics(rollouts, old)
         shown |= loss_scaling("policy", self.engine.precision, steps)
-        if self.masks_truncated:
-            shown["policy/masked"] = 1 - self._learns(rollouts).float().mean().item()
+        if rollouts.learns is not None:
+            shown["policy/masked"] = 1 - rollouts.learns.float().mean().item()
         return PolicyUpdate(old, shown | self.guard.end_update(len(steps)))
-
-    def part_of(self, rollouts: RolloutBatch, rows: Tensor) -> MiniBatch:
-        """How much of the mini-batch `rows` (int64 [n]) has a loss."""
-        return MiniBatch.of(rollouts, self._learning(rollouts, rows))
-
-    def _learning(self, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
-        """Those of `rows` (int64 [n]) that have a loss."""
-        return rows[self._learns(rollouts)[rows]]
-
-    def _learns(self, rollouts: RolloutBatch) -> Tensor:
-        """Whether a response has a loss: bool [N]."""
-        if self.masks_truncated and rollouts.truncated is not None:
-            return ~rollouts.truncated
-        return torch.ones(len(rollouts.sequences), dtype=torch.bool)
 
     def loss_of(self, batch: TrainBatch, part: MiniBatch) -> Loss:
         """What a mini-batch's micro-batches are judged by."""
@@ -122,9 +108,7 @@ class MegatronPolicy:
     def _loss(self, batch: TrainBatch, part: MiniBatch, forward: Forward) -> Tensor:
         """This micro-batch's share of the mini-batch's loss: clipped, less entropy, plus KL."""
         options, rollouts = self.knobs.loss, batch.scored.rollouts
-        learns = self._learns(rollouts)[forward.rows.cpu()]
-        if not learns.all():
-            forward = forward.select(learns.to(forward.rows.device))
+        forward = learning_part(rollouts, forward)
         if not len(forward.rows):
             return forward.logprobs.sum()  # 0, and so is its gradient
         advantages, mask, of_engine = part.cut(

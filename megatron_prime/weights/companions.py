@@ -23,14 +23,27 @@ _COPIED = (
 )
 
 
+_CLASSIFIERS = {  # transformers' names
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+}
+
 _FOLDER = "additional_chat_templates"  # NAME.jinja, as transformers saves more than one
 
 
-def other_files(source_dir: Path, dtype: str) -> dict[str, bytes]:
-    """The small files of `source_dir` by name; config.json names `dtype` ("bfloat16")."""
+def other_files(source_dir: Path, dtype: str, critic: bool = False) -> dict[str, bytes]:
+    """The small files of `source_dir` by name; config.json names `dtype` ("bfloat16").
+
+    A `critic`'s also says that its head has one number and no words.
+    """
     config = json.loads((source_dir / "config.json").read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and before
     config[key] = dtype
+    if critic:
+        config["architectures"] = [_CLASSIFIERS[config["model_type"]]]
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # one label
     paths = [source_dir / name for name in _COPIED]
     paths += sorted((source_dir / _FOLDER).glob("*.jinja"))
     copied = {}

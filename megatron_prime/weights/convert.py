@@ -106,15 +106,24 @@ def to_megatron(hf_dir: Path, out: Path, options: Options, report: Report) -> in
     return _publish(place, verified if options.verify else None)
 
 
-def to_hf(checkpoint: Path, hf_dir: Path, out: Path, options: Options, report: Report) -> int:
+def to_hf(
+    checkpoint: Path,
+    hf_dir: Path,
+    out: Path,
+    options: Options,
+    report: Report,
+    critic: bool = False,
+) -> int:
     """Make `out`, a Hugging Face directory of the weights in `checkpoint`.
 
-    `hf_dir` has the config.json, tokenizer and so on. Returns how many tensors were verified.
-    WeightsError if it can't.
+    `hf_dir` has the config.json, tokenizer and so on; a `critic` becomes transformers' model for
+    sequence classification with one label. Returns how many tensors were verified. WeightsError if
+    it can't.
     """
     shape = ModelShape.from_hf(hf_dir)
+    shape = shape.as_critic() if critic else shape
     source = MegatronSource(checkpoint, shape)
-    others = other_files(hf_dir, options.dtype or source.dtype(entries(shape)[0]))
+    others = other_files(hf_dir, options.dtype or source.dtype(entries(shape)[0]), critic)
     if options.verify:
         for root in (checkpoint, checkpoint.parent):  # converted, or policy/ of a run's
             if verify.whole(root, checkpoint, options.workers, _named(report, "checksums")):

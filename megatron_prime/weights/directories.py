@@ -14,7 +14,7 @@ from megatron_prime.weights.raw_safetensors import HfFiles
 from megatron_prime.weights.torch_dist import DistCheckpoint
 
 Kind = Literal["huggingface", "run", "converted", "megatron"]
-MODELS = ("policy", "prm")
+MODELS = ("policy", "prm", "critic")
 
 
 @dataclass(frozen=True, slots=True)

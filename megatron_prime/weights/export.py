@@ -37,7 +37,9 @@ def export_hf(
         tensors = gather_hf_tensors(chunks, shape)
         if dist.get_rank() == 0:
             dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
-            write_hf_checkpoint(tensors, other_files(source_dir, dtype), out_dir, shard_bytes)
+            write_hf_checkpoint(
+                tensors, other_files(source_dir, dtype, shape.value_head), out_dir, shard_bytes
+            )
         else:
             for _ in tensors:  # take part in the collectives
                 pass

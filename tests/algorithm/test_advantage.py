@@ -250,3 +250,30 @@ def test_an_empty_response_is_refused(golden):
 def test_missing_process_rewards_are_refused(golden):
     with pytest.raises(ValueError, match=r"no process rewards .*advantage\.process_weight = 0"):
         prime_advantages(None, golden.outcomes, golden.mask, 4, RELEASED)
+
+
+@pytest.mark.parametrize("with_prm", [False, True])
+def test_an_ended_wrong_answer_is_told_off_though_many_tokens_were_cut(with_prm):
+    """Whitened with the cut rows' 3072 tokens at -1, a wrong answer of 300 would gain 0.32.
+
+    Half of the groups: one cut, three right; the others: one right, three wrong; K = 4, RLOO.
+    """
+    lengths = torch.tensor([3072, 300, 300, 300] + [300] * 4)
+    mask = torch.arange(3072) < lengths[:, None]
+    outcomes = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    learns = torch.tensor([False] + [True] * 7)
+    options = change(RELEASED, process_weight=1e-9 if with_prm else 0.0)
+    rewards = torch.zeros(mask.shape, dtype=torch.float64) if with_prm else None
+    found = prime_advantages(rewards, outcomes, mask, 4, options, None, learns)
+    # Each outcome less the mean of the others', the cut row's 0 included.
+    plain = torch.tensor([1 / 3] * 3 + [1.0] + [-1 / 3] * 3, dtype=torch.float64)
+    deviation = plain.repeat_interleave(300).std()
+    wanted = (plain - plain.mean()) / deviation
+    close(found[1:, 0], wanted, atol=1e-6)
+    close(found[1:, 299], wanted, atol=1e-6)
+    assert found[5, 0] < -0.9
+    trained = found[mask & learns[:, None]]
+    assert trained.mean().abs() < 1e-9
+    assert trained.std() == pytest.approx(1.0, abs=1e-6)
+    every = prime_advantages(rewards, outcomes, mask, 4, options)
+    assert every[5, 0] > 0.3, "the case does show what is to be avoided"

@@ -39,7 +39,7 @@ def given(vectors):
 @pytest.mark.parametrize(("name", "options"), [("prime", GAE), ("outcome", OUTCOME)])
 def test_golden_values(vectors, name, options, gamma, mix):
     options = change(options, gamma=gamma, gae_lambda=mix)
-    advantages, returns = gae_advantages(*given(vectors), vectors.values, options)
+    advantages, returns, _ = gae_advantages(*given(vectors), vectors.values, options)
     close(advantages, vectors[f"gae.{name}.g{gamma}.l{mix}.advantage"])
     close(returns, vectors[f"gae.{name}.g{gamma}.l{mix}.returns"])
 
@@ -47,7 +47,7 @@ def test_golden_values(vectors, name, options, gamma, mix):
 @pytest.mark.parametrize(("name", "options"), [("prime", GAE), ("outcome", OUTCOME)])
 def test_without_lambda_only_the_next_value_counts(golden, name, options):
     options = change(options, gamma=0.9, gae_lambda=0.0)
-    advantages, _ = gae_advantages(*given(golden), golden.values, options)
+    advantages, _, _ = gae_advantages(*given(golden), golden.values, options)
     close(advantages, golden[f"gae.{name}.g0.9.l0.0.advantage"])
 
 
@@ -69,7 +69,7 @@ def test_any_length_against_loops(length):
             wanted[i, t], following = later, values[i, t]
     options = change(GAE, gamma=gamma, gae_lambda=mix, process_weight=0.5, outcome_weight=2.0)
     tensors = (torch.from_numpy(x) for x in (rewards, outcomes, mask, values))
-    advantages, returns = gae_advantages(*tensors, options)
+    advantages, returns, _ = gae_advantages(*tensors, options)
     close(advantages, torch.from_numpy(wanted))
     close(returns, torch.from_numpy(wanted + values * mask))
 
@@ -78,28 +78,49 @@ def test_any_length_against_loops(length):
 def test_a_critic_of_zeros_is_reinforce(golden, process_weight):
     nothing = torch.zeros_like(golden.values)
     weights = {"process_weight": process_weight}
-    advantages, returns = gae_advantages(*given(golden), nothing, change(GAE, **weights))
+    advantages, returns, _ = gae_advantages(*given(golden), nothing, change(GAE, **weights))
     close(advantages, prime_advantages(*given(golden), 1, change(REINFORCE, **weights)))
     assert torch.equal(advantages, returns)
 
 
 def test_at_lambda_1_returns_know_nothing_of_the_values(golden):
-    _, a = gae_advantages(*given(golden), golden.values, GAE)
-    _, b = gae_advantages(*given(golden), -3 * golden.values + 1, GAE)
+    _, a, _ = gae_advantages(*given(golden), golden.values, GAE)
+    _, b, _ = gae_advantages(*given(golden), -3 * golden.values + 1, GAE)
     close(a, b)
 
 
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_rewards_to_come_are_the_returns_at_lambda_1(golden, gamma):
+    options = change(GAE, gamma=gamma, gae_lambda=0.3)
+    _, returns, to_come = gae_advantages(*given(golden), golden.values, options)
+    _, wanted, same = gae_advantages(*given(golden), golden.values, change(GAE, gamma=gamma))
+    close(to_come, wanted)
+    close(same, wanted)
+    assert (returns - wanted).abs().max() > 1e-3, "at lambda 0.3 they have values in them"
+
+
+def test_whitened_by_the_rows_that_learn(golden):
+    learns = torch.tensor([True, False, True, True, False, True, True, True])
+    options = change(GAE, whiten=True)
+    found = gae_advantages(*given(golden), golden.values, options, learns=learns)
+    raw, *rest = gae_advantages(*given(golden), golden.values, GAE)
+    inside = raw[golden.mask & learns[:, None]]
+    close(found[0], torch.where(golden.mask, (raw - inside.mean()) / inside.std(), 0.0), 1e-6)
+    for a, b in zip(found[1:], rest, strict=True):
+        assert torch.equal(a, b), "of all rows"
+
+
 def test_a_critic_that_is_right_leaves_nothing(golden):
-    _, returns = gae_advantages(*given(golden), golden.values, GAE)
+    _, returns, _ = gae_advantages(*given(golden), golden.values, GAE)
     for mix in (0.0, 0.6, 1.0):
-        left, same = gae_advantages(*given(golden), returns, change(GAE, gae_lambda=mix))
+        left, same, _ = gae_advantages(*given(golden), returns, change(GAE, gae_lambda=mix))
         close(left, torch.zeros_like(left))
         close(same, returns)
 
 
 def test_whitening_and_norming(golden):
     options = change(GAE, whiten=True, process_norm="batch_norm", gae_lambda=0.9)
-    advantages, returns = gae_advantages(*given(golden), golden.values, options)
+    advantages, returns, _ = gae_advantages(*given(golden), golden.values, options)
     inside = advantages[golden.mask]
     assert inside.mean().abs() < 1e-12
     assert inside.var() == pytest.approx(1.0, abs=1e-6)
@@ -110,7 +131,7 @@ def test_whitening_and_norming(golden):
         for t in range(int(mask.sum()))
     )
     plain = change(options, whiten=False, process_norm="none")
-    raw, wanted = gae_advantages(rewards / (largest + 1e-6), *rest, golden.values, plain)
+    raw, wanted, _ = gae_advantages(rewards / (largest + 1e-6), *rest, golden.values, plain)
     close(returns, wanted)
     close(inside, ((raw[golden.mask] - raw[golden.mask].mean()) / raw[golden.mask].std()), 1e-6)
 
@@ -222,3 +243,25 @@ def test_explained_variance(golden, spoil):
     assert explained_variance(returns, returns, golden.mask) == 1.0
     assert explained_variance(torch.ones_like(values), returns, golden.mask) == pytest.approx(0)
     assert explained_variance(values, torch.ones_like(returns), golden.mask) == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_equal_returns_explain_nothing(scale):
+    """Their sums differ by rounding alone: what they vary by is no variance to explain."""
+    rng = torch.Generator().manual_seed(3)
+    values = torch.randn(64, 300, generator=rng)
+    mask = torch.arange(300) < torch.randint(200, 301, (64, 1), generator=rng)
+    for mix in (0.9, 0.95, 1.0):
+        options = change(OUTCOME, gae_lambda=mix, outcome_weight=scale)
+        _, returns, to_come = gae_advantages(None, torch.ones(64), mask, values, options)
+        assert explained_variance(values, to_come, mask) == 0.0
+    assert mix == 1.0
+    assert (returns - scale)[mask].abs().max() > 0, "equal but for rounding"
+    assert explained_variance(values, returns, mask) == 0.0
+
+
+def test_small_returns_that_do_vary_are_explained():
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    returns = 1e-3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    assert explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    assert explained_variance(0.5 * returns, returns, mask) == pytest.approx(0.75, abs=1e-6)

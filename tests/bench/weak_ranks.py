@@ -155,7 +155,7 @@ def prime_step(folder: Path, layout: Layout, equal: bool) -> dict[str, Any]:
         own, knobs = shape.as_critic(), CriticSection(**common)
         critic = MegatronCritic(engine_of(own, layout, knobs), knobs, Guard(config, "critic"))
         counted.take()  # what building it exchanged
-        critic.update(ValueBatch(batch, critic.values(batch), advantages))
+        critic.update(ValueBatch(batch, critic.values(batch), advantages, advantages))
         of_critic = replace(formulae, exchanges=Exchanges(replace(trainer, shape=own), stage))
         asked, taught = critic.engine, torch.arange(rows)
         phase("update_critic", of_critic.forward(asked, batch) + of_critic.update(asked, taught))

@@ -119,7 +119,7 @@ class Case:
         return found
 
     def batch(self, values: torch.Tensor) -> ValueBatch:
-        return ValueBatch(self.rollouts, values, self.job["returns"])
+        return ValueBatch(self.rollouts, values, self.job["returns"], self.job["to_come"])
 
     def learn(self, critic: MegatronCritic) -> dict[str, Any]:
         values, metrics = [], []

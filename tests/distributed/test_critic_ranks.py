@@ -6,6 +6,7 @@ written out. What the four ranks do is in critic_cases.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from critic_cases import EXPORTED, UPDATES
 from launch import run_ranks
 from layouts import LAYOUTS
 from safetensors.torch import load_file, save_file
+
+from megatron_prime.weights.convert import to_hf
+from megatron_prime.weights.convert_plan import Options
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -42,6 +46,7 @@ def make_job() -> dict[str, Any]:
         "models": MODELS,
         "sequences": sequences,
         "returns": torch.randn(ROWS, width, generator=generator),
+        "to_come": torch.randn(ROWS, width, generator=generator),  # as if lambda were below 1
         "knobs": {
             # An epsilon far above the gradients' noise, or Adam would turn rounding into steps.
             "eps": 1e-3,
@@ -107,6 +112,7 @@ class Reference:
             losses.append(float(loss.detach()))
             norms.append(float(norm))
         all_old, all_returns = torch.cat(old), torch.cat(returns)
+        came = torch.cat([row[: len(v)] for row, v in zip(job["to_come"], old, strict=True)])
         return {
             "values": old,
             "critic/loss": sum(losses) / len(losses),
@@ -114,9 +120,7 @@ class Reference:
             "critic/clip_fraction": float(torch.cat(clipped).mean()),
             "critic/value_mean": float(all_old.mean()),
             "critic/return_mean": float(all_returns.mean()),
-            "critic/explained_variance": float(
-                1 - (all_returns - all_old).var() / all_returns.var()
-            ),
+            "critic/explained_variance": float(1 - (came - all_old).var() / came.var()),
             "critic/lr": self.optimizer.param_groups[0]["lr"],
         }
 
@@ -217,13 +221,30 @@ def test_a_checkpoint_of_another_layout(
 def test_transformers_reads_the_export(folder: Path, name: str) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder / f"{name}_exported", num_labels=1
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_exported")
     wanted = torch.load(folder / f"{name}-{EXPORTED}.pt", weights_only=False)["weights"]
     assert model.state_dict().keys() == wanted.keys()
     for tensor, value in model.state_dict().items():
         assert torch.equal(value.float(), wanted[tensor]), tensor
+
+
+def test_a_checkpoint_becomes_a_model_that_transformers_reads(folder: Path, name: str) -> None:
+    """Its config.json is a language model's until then: that is what the critic started from."""
+    from transformers import AutoModelForSequenceClassification
+
+    out = folder / f"{name}_converted"
+    options = Options(verify=True)
+    to_hf(folder / f"{name}_saved", folder / name, out, options, lambda *_, **__: None, critic=True)
+    wanted = torch.load(folder / f"{name}-{next(iter(LAYOUTS))}.pt", weights_only=False)["weights"]
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.state_dict().keys() == wanted.keys()
+    for tensor, value in model.state_dict().items():
+        assert torch.equal(value.float(), wanted[tensor]), tensor
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+    ids, prompt = make_job()["sequences"][0]
+    with torch.no_grad():
+        value = model.eval()(torch.tensor([ids[:prompt]])).logits
+    assert value.shape == (1, 1), "one number, after the prompt"
 
 
 def test_a_skipped_batch_is_kept_for_replay(folder: Path, name: str) -> None:
@@ -234,5 +255,6 @@ def test_a_skipped_batch_is_kept_for_replay(folder: Path, name: str) -> None:
     assert kept.model == "critic"
     assert torch.equal(kept.batch.returns, job["returns"][[3, 1, 2, 5]])
     assert torch.equal(kept.batch.values, job["returns"][[3, 1, 2, 5]] + 1)
+    assert torch.equal(kept.batch.to_come, job["to_come"][[3, 1, 2, 5]])
     wanted = [job["sequences"][row] for row in (3, 1, 2, 5)]
     assert [(list(s.token_ids), s.prompt_length) for s in kept.batch.rollouts.sequences] == wanted

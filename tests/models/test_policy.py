@@ -24,6 +24,7 @@ before_megatron_import()
 
 from megatron_prime.models import guard  # noqa: E402
 from megatron_prime.models.engine import Forward  # noqa: E402
+from megatron_prime.models.mini_batch import MiniBatch, learning  # noqa: E402
 from megatron_prime.models.policy import MegatronPolicy  # noqa: E402
 from megatron_prime.models.training import StepResult  # noqa: E402
 
@@ -150,10 +151,9 @@ def test_truncated_responses_have_no_loss_but_stay_in_the_batch(aggregation: str
     policy, engine, rollouts = policy_and_batch(size=6)
     loss = policy.knobs.loss.model_copy(update={"aggregation": aggregation})
     policy.knobs = policy.knobs.model_copy(update={"loss": loss})
-    policy.masks_truncated = True
     cut = torch.tensor([False, True, False, False, True, False])
     advantages = torch.where(cut[:, None], 1e6, torch.arange(1.0, 7.0)[:, None]) * MASK
-    rollouts = replace(rollouts, truncated=cut)
+    rollouts = replace(rollouts, learns=~cut)
     batch = TrainBatch(ScoredBatch(rollouts, policy.old_logprobs(rollouts), None), None, advantages)
     found = policy.update(batch)
     lengths, others = torch.tensor(LENGTHS), [0, 2, 3, 5]
@@ -164,7 +164,7 @@ def test_truncated_responses_have_no_loss_but_stay_in_the_batch(aggregation: str
     assert found.metrics["policy/masked"] == pytest.approx(2 / 6)
     assert torch.equal(found.old_logprobs, BEFORE), "of all rows"
 
-    part = policy.part_of(rollouts, torch.arange(6))
+    part = MiniBatch.of(rollouts, learning(rollouts, torch.arange(6)))
     assert (part.rollouts, part.tokens) == (4, int(lengths[others].sum()))
     shares = []
     for rows in ([0, 1], [4], [2, 3, 5]):
@@ -178,20 +178,19 @@ def test_truncated_responses_have_no_loss_but_stay_in_the_batch(aggregation: str
     assert torch.stack(shares).sum().item() == pytest.approx(-mean * WEIGHT)
 
 
-def test_a_mini_batch_of_truncated_responses_alone_has_no_figures() -> None:
-    policy, engine, rollouts = policy_and_batch(size=6)
-    policy.masks_truncated = True
-    rollouts = replace(rollouts, truncated=torch.ones(6, dtype=torch.bool))
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_mini_batch_of_truncated_responses_alone_takes_no_step(number: int) -> None:
+    """Momentum and weight decay would move the weights."""
+    policy, engine, rollouts = policy_and_batch(size=2)
+    parts = torch.randperm(6, generator=torch.Generator().manual_seed(0)).split(2)
+    learns = torch.ones(6, dtype=torch.bool)
+    learns[parts[number]] = False
+    rollouts = replace(rollouts, learns=learns)
     found = update(policy, rollouts, policy.old_logprobs(rollouts))
-    assert engine.losses == [0.0]
-    assert found.metrics["policy/masked"] == 1.0
-    assert "policy/loss" not in found.metrics
-    assert torch.equal(found.old_logprobs, BEFORE)
-
-
-def test_truncated_responses_have_a_loss_unless_that_was_asked_for() -> None:
-    policy, engine, rollouts = policy_and_batch(size=6)
-    rollouts = replace(rollouts, truncated=torch.ones(6, dtype=torch.bool))
-    found = update(policy, rollouts, policy.old_logprobs(rollouts))
-    assert engine.losses == pytest.approx([-WEIGHT])
-    assert "policy/masked" not in found.metrics
+    trained = [rows.tolist() for i, rows in enumerate(parts) if i != number]
+    assert engine.trained == trained
+    # A step raises log-probs by 0.5, and beyond a ratio of 1.2 the loss is cut.
+    assert engine.losses == pytest.approx([-WEIGHT, -1.2 * WEIGHT])
+    assert found.metrics["policy/masked"] == pytest.approx(1 / 3)
+    assert found.metrics["policy/loss"] == pytest.approx(-1.1 * WEIGHT)
+    torch.testing.assert_close(found.old_logprobs, BEFORE)
