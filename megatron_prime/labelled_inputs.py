@@ -7,6 +7,7 @@ kept in the run folder, for the same command to continue with.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prime.benchmarks.tasks import identity
 from megatron_prime.config import RunConfig
 from megatron_prime.data.answered import read_answered
 from megatron_prime.data.chat import Tokenizer
@@ -69,19 +71,19 @@ def reference_of(
     """
     held_out = sequences_of(judged)
     if config.train_prm.reference == "loaded":
-        model = loaded_reference(config)
+        model = loaded_reference(config, config.prm)
         known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out))
         return model, _scored(judged, known)
     everything = [*dict.fromkeys([*sequences_of(learnt), *held_out])]
     about = {
-        "reference": str(config.model.start),
-        "dtype": config.precision.reference.dtype,
+        "reference": f"{config.model.start} {identity(config.model.start)}",
+        "precision": config.precision.reference.model_dump_json(),
         "data": f"{fingerprint(learnt)} {fingerprint(judged)}",
     }
     path = config.run.folder / KEPT
     logprobs = ranks.share(_kept(path, about) if ranks.rank == 0 else None)
     if logprobs is None:
-        logprobs = _flat_logprobs(loaded_reference(config).engine, everything)
+        logprobs = _flat_logprobs(loaded_reference(config, config.prm).engine, everything)
         if ranks.rank == 0:
             _keep(path, about, logprobs)
     remembered = RememberedReference(everything, logprobs)
@@ -113,7 +115,10 @@ def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence]) -> Tensor:
 def _keep(path: Path, about: dict[str, str], logprobs: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")
-    torch.save({"about": about, "logprobs": logprobs}, unfinished)
+    with unfinished.open("wb") as file:
+        torch.save({"about": about, "logprobs": logprobs}, file)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
 
 

@@ -27,6 +27,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.batches: object = None
         self.engine = self
         self.grid = SimpleNamespace(dp_size=2, multiple=1)
 
@@ -42,7 +43,12 @@ class Reference:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Reference:
     model = Reference()
-    monkeypatch.setattr(labelled_inputs, "loaded_reference", lambda config: model)
+
+    def loaded(config: RunConfig, batches: object) -> Reference:
+        model.batches = batches
+        return model
+
+    monkeypatch.setattr(labelled_inputs, "loaded_reference", loaded)
     return model
 
 
@@ -98,6 +104,25 @@ def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Refer
     assert reference.asked == 604 + 20
 
 
+def test_another_model_of_the_same_path_is_asked_anew(tmp_path: Path, reference: Reference) -> None:
+    given = config(tmp_path)
+    model = given.model.model_copy(update={"hf": tmp_path / "model"})
+    given = given.model_copy(update={"model": model})
+    (tmp_path / "model").mkdir()
+
+    def asked(of: RunConfig) -> int:
+        before = reference.asked
+        check(labelled_inputs.reference_of(of, LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
+        return reference.asked - before
+
+    assert (asked(given), asked(given)) == (10, 0)
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert (asked(given), asked(given)) == (10, 0)
+    fp8 = given.precision.reference.model_copy(update={"fp8": "e4m3"})
+    precision = given.precision.model_copy(update={"reference": fp8})
+    assert asked(given.model_copy(update={"precision": precision})) == 10
+
+
 def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
     """Only what is held out is asked for now, for its log-probs never change."""
     found, held_out = labelled_inputs.reference_of(
@@ -107,6 +132,19 @@ def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
     assert held_out is not None
     assert reference.asked == 4
     assert not (tmp_path / "reference_logprobs.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["once", "loaded"])
+def test_the_references_batches_are_cut_as_the_prms(
+    tmp_path: Path, reference: Reference, kind: str
+) -> None:
+    """Also where no process reward would use a PRM in a run."""
+    given = config(tmp_path, kind)
+    given = given.model_copy(
+        update={"advantage": given.advantage.model_copy(update={"process_weight": 0.0})}
+    )
+    labelled_inputs.reference_of(given, LEARNT[:1], JUDGED, RANKS)
+    assert reference.batches is given.prm
 
 
 def test_nothing_may_be_held_out(tmp_path: Path, reference: Reference) -> None:

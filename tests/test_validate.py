@@ -382,6 +382,11 @@ def test_knobs_of_sets_that_do_not_go_together(config, tmp_path):
     assert found.startswith(f"evaluate.prm: no directory {tmp_path}/none")
     (found,) = of(sets=sets, policy=tmp_path / "none")
     assert found.startswith(f"evaluate.policy: no directory {tmp_path}/none")
+    step = tmp_path / "step_000001"
+    (step / "critic").mkdir(parents=True)
+    (step / "run.json").touch()
+    (found,) = of(sets=sets, policy=step)
+    assert found.startswith(f"evaluate.policy: found only critic of a run in {step}")
 
 
 @pytest.mark.parametrize(
