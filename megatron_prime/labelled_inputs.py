@@ -28,12 +28,15 @@ from megatron_prime.data.labelled import (
     labelled_groups,
     split,
 )
+from megatron_prime.data.rows import DataError
 from megatron_prime.models.factory import reference_of as loaded_reference
 from megatron_prime.models.reference import RememberedReference
 from megatron_prime.models.scoring import logprobs_of
+from megatron_prime.prm_rules import OF_PAIRS
 from megatron_prime.protocols import ScoringModel
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.types import OldLogprobs, ScoredBatch, TokenSequence
+from megatron_prime.weights.shape import shape_of
 
 KEPT = "reference_logprobs.pt"
 CHUNK = 256  # sequences whose log-probs are assembled at once, so that one long one pads few
@@ -45,18 +48,31 @@ def groups_of(config: RunConfig, tokenizer: Tokenizer, ranks: WorldRanks) -> tup
     """What is learnt, and what the PRM is judged by; says what was dropped."""
     knobs = config.train_prm
     assert knobs.data is not None, "validate.check refuses train_prm without its data"
-    found = _read(config, knobs.data, tokenizer, config.prm.loss in ("dpo", "nca"), ranks)
+    found = _read(config, knobs.data, tokenizer, True, ranks)
     if knobs.held_out is None:
         return split(found.groups, knobs.held_out_share)
-    return found.groups, _read(config, knobs.held_out, tokenizer, False, ranks).groups
+    judged = _read(config, knobs.held_out, tokenizer, False, ranks).groups
+    prompts = {group.prompt_ids for group in judged}
+    learnt = [group for group in found.groups if group.prompt_ids not in prompts]
+    if (shared := len(found.groups) - len(learnt)) and ranks.rank == 0:
+        print(f"{knobs.data}: dropped: {shared} groups of prompts that are held out", flush=True)
+    if not learnt:
+        raise DataError(
+            f"found the prompts of all {shared} groups of {knobs.data} in {knobs.held_out}, wanted "
+            "train_prm.held_out of other prompts; or leave it out: train_prm.held_out_share"
+        )
+    return learnt, judged
 
 
 def _read(
-    config: RunConfig, source: Path, tokenizer: Tokenizer, mixed_only: bool, ranks: WorldRanks
+    config: RunConfig, source: Path, tokenizer: Tokenizer, learnt: bool, ranks: WorldRanks
 ) -> LabelledSet:
-    rows = read_answered(source, tokenizer, config.data.template, labelled=True)
+    vocabulary = shape_of(config, "reference").vocab_size
+    rows = read_answered(source, tokenizer, config.data.template, True, vocabulary)
     size, longest = config.rollout.group_size, config.train_prm.max_length
-    found = labelled_groups(rows, size, longest, mixed_only)
+    mixed_only = learnt and config.prm.loss in OF_PAIRS
+    use = "learn" if learnt else f"judge the PRM by in {source}, train_prm.held_out"
+    found = labelled_groups(rows, size, longest, mixed_only, use)
     if ranks.rank == 0:
         print(found.told(source), flush=True)
     return found

@@ -34,6 +34,7 @@ from megatron_prime.protocols import StepReader
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.line_files import RecordsError, append, changes, read_chunks
 from megatron_prime.types import RolloutBatch, TokenSequence
+from megatron_prime.weights.shape import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def score(config: RunConfig, launch: Launch) -> None:
     given = config
     config = scoring_config(config, knobs.prm, knobs.reference)
     with build.training_session(config, launch, "score") as ranks:
-        rows = read_answered(knobs.input, tokenizer, config.data.template, labelled=False)
+        vocabulary = shape_of(config, "reference").vocab_size
+        rows = read_answered(knobs.input, tokenizer, config.data.template, False, vocabulary)
         items = [Item(row, number) for row in rows for number in range(len(row.responses))]
         check_lengths(config, knobs.input, items)
         written = ranks.share(continued(config, output, items) if ranks.rank == 0 else None)

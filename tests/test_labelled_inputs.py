@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_prime.config import RunConfig
+from megatron_prime.data.answered import Answered
 from megatron_prime.data.labelled import LabelledGroup
+from megatron_prime.data.rows import DataError
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.types import TokenSequence
 
@@ -121,6 +123,46 @@ def test_another_model_of_the_same_path_is_asked_anew(tmp_path: Path, reference:
     fp8 = given.precision.reference.model_copy(update={"fp8": "e4m3"})
     precision = given.precision.model_copy(update={"reference": fp8})
     assert asked(given.model_copy(update={"precision": precision})) == 10
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Answered]]:
+    """What each file has, by its name."""
+    found = dict[str, list[Answered]]()
+    monkeypatch.setattr(labelled_inputs, "read_answered", lambda source, *_: found[str(source)])
+    monkeypatch.setattr(
+        labelled_inputs, "shape_of", lambda config, name: SimpleNamespace(vocab_size=9)
+    )
+    return found
+
+
+def answered(prompt: int, count: int = 2) -> Answered:
+    return Answered("line 1", None, (prompt,), ((3,),) * count, (0.0, 1.0)[:count])
+
+
+def groups_of(folder: Path) -> tuple[list[int], list[int]]:
+    """The prompts that are learnt, and those that judge."""
+    given = config(folder)
+    knobs = given.train_prm.model_copy(update={"data": Path("data"), "held_out": Path("judge")})
+    rollout = given.rollout.model_copy(update={"group_size": 2})
+    given = given.model_copy(update={"train_prm": knobs, "rollout": rollout})
+    learnt, judged = labelled_inputs.groups_of(given, None, RANKS)  # type: ignore[arg-type]
+    return [g.prompt_ids[0] for g in learnt], [g.prompt_ids[0] for g in judged]
+
+
+def test_what_is_held_out_is_not_learnt(
+    tmp_path: Path, answers: dict[str, list[Answered]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers["data"] = [answered(n) for n in (1, 2, 3)]
+    answers["judge"] = [answered(n) for n in (2, 4)]
+    assert groups_of(tmp_path) == ([1, 3], [2, 4])
+    assert "data: dropped: 1 groups of prompts that are held out" in capsys.readouterr().out
+    answers["judge"] += [answered(n) for n in (1, 3)]
+    with pytest.raises(DataError, match="found the prompts of all 3 groups of data in judge"):
+        groups_of(tmp_path)
+    answers["judge"] = [answered(5, count=1)]
+    with pytest.raises(DataError, match=r"left to judge the PRM by in judge, train_prm\.held_out"):
+        groups_of(tmp_path)
 
 
 def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
