@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_prime.data.labelled import (
     as_batch,
     fingerprint,
     labelled_groups,
+    sequences_of,
     split,
 )
 from megatron_prime.data.rows import DataError
@@ -85,12 +87,12 @@ def reference_of(
 
     With `train_prm.reference = "once"` no model is left when this returns.
     """
-    held_out = sequences_of(judged)
+    held_out = [*sequences_of(judged)]
     if config.train_prm.reference == "loaded":
         model = loaded_reference(config, config.prm)
-        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out))
+        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out, ranks))
         return model, _scored(judged, known)
-    everything = [*dict.fromkeys([*sequences_of(learnt), *held_out])]
+    everything = [*dict.fromkeys(chain(sequences_of(learnt), held_out))]
     about = {
         "reference": f"{config.model.start} {identity(config.model.start)}",
         "precision": config.precision.reference.model_dump_json(),
@@ -99,16 +101,11 @@ def reference_of(
     path = config.run.folder / KEPT
     logprobs = ranks.share(_kept(path, about) if ranks.rank == 0 else None)
     if logprobs is None:
-        logprobs = _flat_logprobs(loaded_reference(config, config.prm).engine, everything)
+        logprobs = _flat_logprobs(loaded_reference(config, config.prm).engine, everything, ranks)
         if ranks.rank == 0:
             _keep(path, about, logprobs)
     remembered = RememberedReference(everything, logprobs)
     return remembered, _scored(judged, remembered)
-
-
-def sequences_of(groups: Groups) -> list[TokenSequence]:
-    """All responses with their prompts."""
-    return [*as_batch(groups).sequences] if groups else []
 
 
 def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
@@ -118,13 +115,19 @@ def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
     return ScoredBatch(rollouts, OldLogprobs.none(rollouts), reference.logprobs(rollouts))
 
 
-def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence]) -> Tensor:
-    """Log-probs of all responses, one after the other: float32 [tokens]; collective."""
+def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence], ranks: WorldRanks) -> Tensor:
+    """Log-probs of all responses, one after the other: float32 [tokens]; collective.
+
+    Rank 0 says how far it is: on much data this takes long, and has no steps.
+    """
     parts = [torch.zeros(0)]
     for start in range(0, len(sequences), CHUNK):
         chunk = sequences[start : start + CHUNK]
         rows = logprobs_of(engine, chunk)
-        parts += [row[: s.response_length] for row, s in zip(rows, chunk, strict=True)]
+        # Copies, for a view would keep the chunk with its padding.
+        parts += [row[: s.response_length].clone() for row, s in zip(rows, chunk, strict=True)]
+        if ranks.rank == 0:
+            print(f"reference: {start + len(chunk)} of {len(sequences)} responses", flush=True)
     return torch.cat(parts)
 
 

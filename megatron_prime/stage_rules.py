@@ -92,7 +92,11 @@ def of_scoring(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"score.prm: no directory {knobs.prm}; wanted a Hugging Face checkpoint or a run's "
             "checkpoints/step_…"
         )
-    elif knobs.reference is not None:
+        return
+    yield from evaluate_rules.other_beta(knobs.prm, config)
+    if not (knobs.prm / "run.json").exists():
+        yield from check_model(config, "score.prm", knobs.prm, {}, ("prm",))
+    if knobs.reference is not None:
         yield from check_model(config, "score.reference", knobs.reference, {}, ("reference",))
     elif why := evaluate_rules.unnamed_reference(knobs.prm, "score"):
         yield f"score.reference: missing, and {why}"

@@ -96,6 +96,42 @@ def test_the_reference_is_asked_once_for_all_starts(tmp_path: Path, reference: R
     assert reference.asked == 604
 
 
+def test_it_says_how_far_it_is(
+    tmp_path: Path, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    said = [f"reference: {done} of 604 responses" for done in (256, 512, 604)]
+    assert capsys.readouterr().out.splitlines() == said
+    other: Any = SimpleNamespace(rank=1, share=lambda value: value)
+    labelled_inputs.reference_of(config(tmp_path), LEARNT[:1], JUDGED, other)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_padding_stays_in_memory(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a batch of everything, padded to the longest, nor the chunks that rows are cut of."""
+    whole, batches = labelled_inputs.as_batch, list[int]()
+
+    def as_batch(groups: Sequence[LabelledGroup]) -> Any:
+        batches.append(len(groups))
+        return whole(groups)
+
+    glued = torch.cat
+
+    def cat(parts: list[torch.Tensor]) -> torch.Tensor:
+        for part in parts:
+            assert part.untyped_storage().nbytes() == 4 * len(part)
+        return glued(parts)
+
+    monkeypatch.setattr(labelled_inputs, "as_batch", as_batch)
+    monkeypatch.setattr(labelled_inputs.torch, "cat", cat)
+    monkeypatch.setattr(labelled_inputs, "_scored", lambda *_: None)
+    labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    assert reference.asked == 604
+    assert batches == []
+
+
 def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Reference) -> None:
     labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
     check(labelled_inputs.reference_of(config(tmp_path), LEARNT[:3], JUDGED, RANKS), LEARNT[:3])

@@ -149,6 +149,26 @@ def test_a_folder_of_rollouts_is_data(folder: Path) -> None:
     assert found(folder, "train_prm", train_prm={"data": folder / "rollouts"}) == []
 
 
+def test_scores_have_the_scale_that_the_prm_was_trained_with(folder: Path) -> None:
+    made_with = {"model": {"hf": "m"}, "prm": {"beta": 0.1}}
+    (folder / "prm" / "run.json").write_text(json.dumps({"config": made_with}))
+    (line,) = found(folder, "score")
+    assert line.startswith("prm.beta: found 0.05, but the PRM in ")
+    assert "was trained with 0.1" in line
+    assert found(folder, "score", prm={"beta": 0.1}) == []
+
+
+def test_a_prm_to_score_with_is_looked_at(folder: Path) -> None:
+    """Not only its reference."""
+    odd = {**MODEL, "num_key_value_heads": 3}
+    (folder / "prm" / "config.json").write_text(json.dumps(odd))
+    (line,) = found(folder, "score", 2, megatron={"tensor_model_parallel_size": 2})
+    assert line.endswith("does not divide num_key_value_heads = 3 of score.prm")
+    (folder / "prm" / "config.json").unlink()
+    (line,) = found(folder, "score")
+    assert line.startswith(f"score.prm: no {folder / 'prm' / 'config.json'}; wanted")
+
+
 def test_what_a_run_started_from_may_be_no_hugging_face_checkpoint(folder: Path) -> None:
     """`model.weights`: then its `model.hf` is not what the PRM's log-ratio is to."""
     made_with = {"model": {"hf": "m", "weights": "w"}, "prm": {}}

@@ -415,6 +415,15 @@ def test_a_run_names_its_prms_reference_only_if_that_was_its_start(
     assert problems(config(evaluate=named), "evaluate", 1) == []
 
 
+def test_a_prm_ranks_at_the_scale_that_it_was_trained_with(config, tmp_path):
+    (tmp_path / "prm" / "run.json").write_text(json.dumps({"config": {"prm": {"beta": 0.1}}}))
+    knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
+    ranked = {**knobs, "prm": tmp_path / "prm", "reference": tmp_path / "model"}
+    (found,) = problems(config(evaluate=ranked), "evaluate", 1)
+    assert found.startswith("prm.beta: found 0.05, but the PRM in")
+    assert problems(config(evaluate=ranked, prm={"beta": 0.1}), "evaluate", 1) == []
+
+
 def test_a_prm_that_ranks_is_split_as_megatron_says(config, tmp_path):
     knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
     ranked = {**knobs, "prm": tmp_path / "prm", "reference": tmp_path / "model"}

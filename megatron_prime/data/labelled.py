@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,13 +121,16 @@ def split(
     return learnt, tuple(group for group in groups if group.prompt_ids in held)
 
 
+def sequences_of(groups: Iterable[LabelledGroup]) -> Iterator[TokenSequence]:
+    """All responses with their prompts."""
+    for group in groups:
+        for response in group.responses:
+            yield TokenSequence(group.prompt_ids + response, len(group.prompt_ids))
+
+
 def as_batch(groups: Sequence[LabelledGroup]) -> RolloutBatch:
     """Groups as a step's rollouts; nobody says with which log-probs they were sampled: 0."""
-    sequences = tuple(
-        TokenSequence(group.prompt_ids + response, len(group.prompt_ids))
-        for group in groups
-        for response in group.responses
-    )
+    sequences = tuple(sequences_of(groups))
     lengths = torch.tensor([sequence.response_length for sequence in sequences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     labels = torch.tensor([label for group in groups for label in group.labels])
