@@ -245,7 +245,7 @@ def _encode(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> tuple[int, ...]:
     check_tokenizer(tokenizer)
-    return tuple(_apply(tokenizer, messages, add_generation_prompt, tokenize=True))
+    return tuple(_apply(tokenizer, messages, add_generation_prompt))
 
 
 def _render(
@@ -255,7 +255,7 @@ def _render(
 
 
 def _apply(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, tokenize: bool
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, **more: bool
 ) -> Any:
     from jinja2 import TemplateError
 
@@ -264,7 +264,7 @@ def _apply(
             [asdict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
-            tokenize=tokenize,
+            **more,
         )
     except TemplateError as error:
         raise RowError(f"the chat template refuses the messages: {error}") from error
