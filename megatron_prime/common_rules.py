@@ -118,6 +118,22 @@ def check_file(knob: str, path: Path) -> Iterator[str]:
         yield f"{knob}: no file {path}; relative paths start at the working directory"
 
 
+def check_policy_in(knob: str, folder: Path) -> Iterator[str]:
+    """Whether what a run saved in `folder`, if a run did, is a policy."""
+    if (folder / "run.json").exists() and not (folder / "policy").is_dir():
+        models = [name for name in ("prm", "critic") if (folder / name).is_dir()]
+        found = f"only {' and '.join(models)}" if models else "no model"
+    elif (folder.parent / "run.json").exists() and folder.name in ("prm", "critic"):
+        found = f"the {folder.name}"
+    else:
+        return
+    yield (
+        f"{knob}: found {found} of a run in {folder}, wanted a policy: the step_… of a run of "
+        "train or sft; what train_prm made is for prm.hf (tools/convert_megatron_to_hf.py "
+        "--model prm)"
+    )
+
+
 def check_schedule(table: str, knobs: OptimizerSection, steps: int, length: str) -> Iterator[str]:
     """Whether `steps`, which the knob `length` sets, leave something to the cosine."""
     if knobs.schedule == "cosine" and knobs.warmup_steps >= steps:

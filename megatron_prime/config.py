@@ -373,6 +373,11 @@ class RunConfig(Section):
         return own.get(name, self.policy)
 
     @property
+    def score_output(self) -> Path:
+        """Where `score` writes."""
+        return self.score.output or self.run.folder / "scores" / "scores.jsonl"
+
+    @property
     def frozen(self) -> frozenset[ModelName]:
         """Of the models, those that never train and have no optimizer."""
         never: tuple[ModelName, ...] = ("reference",)

@@ -17,7 +17,13 @@ from megatron_prime import build, evaluation, figures
 from megatron_prime.benchmarks.prm_scores import prm_scores
 from megatron_prime.benchmarks.records import PrmScores, Scored, Scores
 from megatron_prime.benchmarks.summary import Result, as_json, as_markdown, result_of
-from megatron_prime.benchmarks.tasks import Task, identity, record_of, tasks_of
+from megatron_prime.benchmarks.tasks import (
+    Task,
+    identity,
+    precision_options,
+    record_of,
+    tasks_of,
+)
 from megatron_prime.config import ParallelSizes, RunConfig
 from megatron_prime.data.chat import load_tokenizer
 from megatron_prime.inputs import eval_prompts, eval_sets
@@ -93,7 +99,7 @@ def rank_samples(config: RunConfig, launch: Launch, tasks: Sequence[Task]) -> No
     reference = config.model.hf
     options: dict[str, Any] = {"prm": str(prm), "prm_weights": identity(prm)}
     options |= {"reference": str(reference), "reference_weights": identity(reference)}
-    options |= {"beta": config.prm.beta, "dtype": config.precision.prm.dtype}
+    options |= {"beta": config.prm.beta, **precision_options(config)}
     with build.training_session(config, launch, "evaluate", "prm") as ranks:
         chunk = knobs.chunk
         scores = [Scores(task.records, options, chunk) if task.records else None for task in tasks]

@@ -57,11 +57,25 @@ def command_problems(config: RunConfig, check_model: CheckModel) -> Iterator[str
         yield f"evaluate.prm: no directory {knobs.prm}; wanted {_CHECKPOINT}"
     elif knobs.reference is None and (why := unnamed_reference(knobs.prm)):
         yield f"evaluate.reference: missing, and {why}"
+    yield from other_beta(knobs.prm, config)
     room = config.prm.micro_batch_tokens * config.parallel.cp
     if sum(longest(config).values()) > room:
         yield (
             f"prm.micro_batch_tokens: found {config.prm.micro_batch_tokens}, wanted room for one "
             f"sequence of {' + '.join(longest(config))} = {sum(longest(config).values())} tokens"
+        )
+
+
+def other_beta(prm: Path, config: RunConfig) -> Iterator[str]:
+    """Whether `prm.beta` is another one than the run that made the PRM in `prm` says."""
+    try:
+        made_with = json.loads((prm / "run.json").read_text())["config"]["prm"]["beta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of no run, or damaged, which those tell that must read it
+    if made_with != config.prm.beta:
+        yield (
+            f"prm.beta: found {config.prm.beta}, but the PRM in {prm} was trained with {made_with},"
+            " the scale of its rewards; set it to that"
         )
 
 

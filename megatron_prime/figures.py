@@ -20,6 +20,7 @@ from megatron_prime.config import PrmSection, RunConfig
 from megatron_prime.types import (
     Metrics,
     PolicyUpdate,
+    RolloutBatch,
     ScoredBatch,
     TrainBatch,
     VerifiedGroup,
@@ -65,14 +66,14 @@ def of_prm_rewards(
     beta: float, scored: ScoredBatch, before: Tensor, after: Tensor | None = None
 ) -> Metrics:
     """Order and health of rewards that log-probs [N, T] of before an update give, and the order
-    after it."""
+    after it. Where no group has different outcomes there is no order, and no figure of it."""
     rollouts = scored.rollouts
     assert scored.ref_logprobs is not None, "the PRM's rewards need reference log-probs"
     found = {"prm/pair_accuracy_before": before, "prm/pair_accuracy_after": after}
     rewards = {
         name: masked_sum(prm - scored.ref_logprobs, rollouts.response_mask, dim=1)
         for name, prm in found.items()
-        if prm is not None
+        if prm is not None and bool(_mixed(rollouts).any())
     }
     accuracies = {
         name: metrics.pair_accuracy(reward, rollouts.outcome_rewards, rollouts.group_size).item()
@@ -93,13 +94,19 @@ def of_held_out(knobs: PrmSection, scored: ScoredBatch, logprobs: Tensor) -> Met
     rewards = implicit_rewards(logprobs, scored.ref_logprobs, rows.response_mask, knobs.beta)
     sums, outcomes = rewards.sum(dim=1), rows.outcome_rewards
     figures = {"loss": float(sequence_loss(sums, outcomes, rows.group_size, knobs.loss))}
-    of_group = outcomes.view(-1, rows.group_size)
-    mixed = (of_group != of_group[:, :1]).any(dim=1).repeat_interleave(rows.group_size)
+    mixed = _mixed(rows)
     if bool(mixed.any()):
         accuracy = metrics.pair_accuracy(sums[mixed], outcomes[mixed], rows.group_size)
         figures["pair_accuracy"] = float(accuracy)
     figures |= prm_health(rewards, outcomes, rows.response_mask)
     return {f"held_out/{name}": value for name, value in figures.items()}
+
+
+def _mixed(rollouts: RolloutBatch) -> Tensor:
+    """Which rows are of groups with different outcomes: bool [N]."""
+    of_group = rollouts.outcome_rewards.view(-1, rollouts.group_size)
+    mixed: Tensor = (of_group != of_group[:, :1]).any(dim=1)
+    return mixed.repeat_interleave(rollouts.group_size)
 
 
 def of_batch(batch: TrainBatch, update: PolicyUpdate, config: RunConfig) -> Metrics:

@@ -7,14 +7,17 @@ kept in the run folder, for the same command to continue with.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_prime.benchmarks.tasks import identity
 from megatron_prime.config import RunConfig
 from megatron_prime.data.answered import read_answered
 from megatron_prime.data.chat import Tokenizer
@@ -24,14 +27,18 @@ from megatron_prime.data.labelled import (
     as_batch,
     fingerprint,
     labelled_groups,
+    sequences_of,
     split,
 )
+from megatron_prime.data.rows import DataError
 from megatron_prime.models.factory import reference_of as loaded_reference
 from megatron_prime.models.reference import RememberedReference
 from megatron_prime.models.scoring import logprobs_of
+from megatron_prime.prm_rules import OF_PAIRS
 from megatron_prime.protocols import ScoringModel
 from megatron_prime.runtime.distributed import WorldRanks
 from megatron_prime.types import OldLogprobs, ScoredBatch, TokenSequence
+from megatron_prime.weights.shape import shape_of
 
 KEPT = "reference_logprobs.pt"
 CHUNK = 256  # sequences whose log-probs are assembled at once, so that one long one pads few
@@ -43,18 +50,31 @@ def groups_of(config: RunConfig, tokenizer: Tokenizer, ranks: WorldRanks) -> tup
     """What is learnt, and what the PRM is judged by; says what was dropped."""
     knobs = config.train_prm
     assert knobs.data is not None, "validate.check refuses train_prm without its data"
-    found = _read(config, knobs.data, tokenizer, config.prm.loss in ("dpo", "nca"), ranks)
+    found = _read(config, knobs.data, tokenizer, True, ranks)
     if knobs.held_out is None:
         return split(found.groups, knobs.held_out_share)
-    return found.groups, _read(config, knobs.held_out, tokenizer, False, ranks).groups
+    judged = _read(config, knobs.held_out, tokenizer, False, ranks).groups
+    prompts = {group.prompt_ids for group in judged}
+    learnt = [group for group in found.groups if group.prompt_ids not in prompts]
+    if (shared := len(found.groups) - len(learnt)) and ranks.rank == 0:
+        print(f"{knobs.data}: dropped: {shared} groups of prompts that are held out", flush=True)
+    if not learnt:
+        raise DataError(
+            f"found the prompts of all {shared} groups of {knobs.data} in {knobs.held_out}, wanted "
+            "train_prm.held_out of other prompts; or leave it out: train_prm.held_out_share"
+        )
+    return learnt, judged
 
 
 def _read(
-    config: RunConfig, source: Path, tokenizer: Tokenizer, mixed_only: bool, ranks: WorldRanks
+    config: RunConfig, source: Path, tokenizer: Tokenizer, learnt: bool, ranks: WorldRanks
 ) -> LabelledSet:
-    rows = read_answered(source, tokenizer, config.data.template, labelled=True)
+    vocabulary = shape_of(config, "reference").vocab_size
+    rows = read_answered(source, tokenizer, config.data.template, True, vocabulary)
     size, longest = config.rollout.group_size, config.train_prm.max_length
-    found = labelled_groups(rows, size, longest, mixed_only)
+    mixed_only = learnt and config.prm.loss in OF_PAIRS
+    use = "learn" if learnt else f"judge the PRM by in {source}, train_prm.held_out"
+    found = labelled_groups(rows, size, longest, mixed_only, use)
     if ranks.rank == 0:
         print(found.told(source), flush=True)
     return found
@@ -67,30 +87,25 @@ def reference_of(
 
     With `train_prm.reference = "once"` no model is left when this returns.
     """
-    held_out = sequences_of(judged)
+    held_out = [*sequences_of(judged)]
     if config.train_prm.reference == "loaded":
-        model = loaded_reference(config)
-        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out))
+        model = loaded_reference(config, config.prm)
+        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out, ranks))
         return model, _scored(judged, known)
-    everything = [*dict.fromkeys([*sequences_of(learnt), *held_out])]
+    everything = [*dict.fromkeys(chain(sequences_of(learnt), held_out))]
     about = {
-        "reference": str(config.model.start),
-        "dtype": config.precision.reference.dtype,
+        "reference": f"{config.model.start} {identity(config.model.start)}",
+        "precision": config.precision.reference.model_dump_json(),
         "data": f"{fingerprint(learnt)} {fingerprint(judged)}",
     }
     path = config.run.folder / KEPT
     logprobs = ranks.share(_kept(path, about) if ranks.rank == 0 else None)
     if logprobs is None:
-        logprobs = _flat_logprobs(loaded_reference(config).engine, everything)
+        logprobs = _flat_logprobs(loaded_reference(config, config.prm).engine, everything, ranks)
         if ranks.rank == 0:
             _keep(path, about, logprobs)
     remembered = RememberedReference(everything, logprobs)
     return remembered, _scored(judged, remembered)
-
-
-def sequences_of(groups: Groups) -> list[TokenSequence]:
-    """All responses with their prompts."""
-    return [*as_batch(groups).sequences] if groups else []
 
 
 def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
@@ -100,20 +115,29 @@ def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
     return ScoredBatch(rollouts, OldLogprobs.none(rollouts), reference.logprobs(rollouts))
 
 
-def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence]) -> Tensor:
-    """Log-probs of all responses, one after the other: float32 [tokens]; collective."""
+def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence], ranks: WorldRanks) -> Tensor:
+    """Log-probs of all responses, one after the other: float32 [tokens]; collective.
+
+    Rank 0 says how far it is: on much data this takes long, and has no steps.
+    """
     parts = [torch.zeros(0)]
     for start in range(0, len(sequences), CHUNK):
         chunk = sequences[start : start + CHUNK]
         rows = logprobs_of(engine, chunk)
-        parts += [row[: s.response_length] for row, s in zip(rows, chunk, strict=True)]
+        # Copies, for a view would keep the chunk with its padding.
+        parts += [row[: s.response_length].clone() for row, s in zip(rows, chunk, strict=True)]
+        if ranks.rank == 0:
+            print(f"reference: {start + len(chunk)} of {len(sequences)} responses", flush=True)
     return torch.cat(parts)
 
 
 def _keep(path: Path, about: dict[str, str], logprobs: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")
-    torch.save({"about": about, "logprobs": logprobs}, unfinished)
+    with unfinished.open("wb") as file:
+        torch.save({"about": about, "logprobs": logprobs}, file)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
 
 

@@ -13,6 +13,20 @@ def problems(config: RunConfig) -> Iterator[str]:
     """Combinations that could teach the PRM nothing, or something else than was meant."""
     if not config.uses_prm:
         return
+    prm = config.prm
+    yield from of_pairs(config)
+    if prm.reference == "policy" and config.rollout.temperature != 1:
+        yield (
+            f"rollout.temperature: found {config.rollout.temperature}, wanted 1 with "
+            'prm.reference = "policy": the policy\'s log-probs are taken at the sampling '
+            "temperature, the PRM's at 1, so their ratio would reward tokens for the temperature"
+        )
+    if prm.forward == "frozen":
+        yield from _of_a_frozen_prm(config)
+
+
+def of_pairs(config: RunConfig) -> Iterator[str]:
+    """Losses of pairs want groups, and each of them in one mini-batch."""
     prm, group_size = config.prm, config.rollout.group_size
     if prm.loss in OF_PAIRS and group_size < 2:
         yield (
@@ -25,14 +39,6 @@ def problems(config: RunConfig) -> Iterator[str]:
             f'rollout.group_size = {group_size}: prm.loss = "{prm.loss}" compares all responses to '
             "a prompt, so one mini-batch must hold them"
         )
-    if prm.reference == "policy" and config.rollout.temperature != 1:
-        yield (
-            f"rollout.temperature: found {config.rollout.temperature}, wanted 1 with "
-            'prm.reference = "policy": the policy\'s log-probs are taken at the sampling '
-            "temperature, the PRM's at 1, so their ratio would reward tokens for the temperature"
-        )
-    if prm.forward == "frozen":
-        yield from _of_a_frozen_prm(config)
 
 
 def _of_a_frozen_prm(config: RunConfig) -> Iterator[str]:

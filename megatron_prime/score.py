@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_prime import build
-from megatron_prime.benchmarks.tasks import identity
+from megatron_prime.benchmarks.tasks import identity, precision_options
 from megatron_prime.config import RunConfig
 from megatron_prime.data.answered import Answered, read_answered
 from megatron_prime.data.chat import Tokenizer, load_tokenizer
@@ -34,6 +34,7 @@ from megatron_prime.protocols import StepReader
 from megatron_prime.runtime.launch import Launch
 from megatron_prime.runtime.line_files import RecordsError, append, changes, read_chunks
 from megatron_prime.types import RolloutBatch, TokenSequence
+from megatron_prime.weights.shape import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,13 @@ def score(config: RunConfig, launch: Launch) -> None:
     assert knobs.prm is not None, "validate.check wants it"
     tokenizer = load_tokenizer(config.model.hf)
     folder = config.run.folder / "scores"
-    output = knobs.output or folder / "scores.jsonl"
+    output = config.score_output
     steps = SeparatedSteps(tokenizer, config.advantage.step_separator)
     given = config
     config = scoring_config(config, knobs.prm, knobs.reference)
     with build.training_session(config, launch, "score") as ranks:
-        rows = read_answered(knobs.input, tokenizer, config.data.template, labelled=False)
+        vocabulary = shape_of(config, "reference").vocab_size
+        rows = read_answered(knobs.input, tokenizer, config.data.template, False, vocabulary)
         items = [Item(row, number) for row in rows for number in range(len(row.responses))]
         check_lengths(config, knobs.input, items)
         written = ranks.share(continued(config, output, items) if ranks.rank == 0 else None)
@@ -143,26 +145,29 @@ def continued(config: RunConfig, output: Path, items: Sequence[Item]) -> int:
         "reference": str(config.model.hf),
         "reference_weights": identity(config.model.hf),
         "beta": config.prm.beta,
-        "dtype": [config.precision.prm.dtype, config.precision.reference.dtype],
+        **precision_options(config),
         "step_separator": config.advantage.step_separator,
         "texts": fingerprint(items),
     }
-    if changed := changes(output, options):
+    noted = output.with_suffix(".options.json")
+    if changed := changes(output, options, noted):
         raise RecordsError(
             f"{output} was made with other options; set them back to continue it, remove it and "
-            f"{output.with_suffix('.json').name}, or take another score.output:\n"
-            + "\n".join(changed)
+            f"{noted.name}, or take another score.output:\n" + "\n".join(changed)
         )
     return len(read_chunks(output, _LINE, config.score.chunk, len(items)))
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """16 hex digits that change with any token."""
+    """16 hex digits that change with all that a line repeats of the input: tokens, place, id and
+    label."""
     digest = hashlib.blake2b(digest_size=8)
     for item in items:
-        sequence = item.sequence
+        sequence, row = item.sequence, item.row
         numbers = [sequence.prompt_length, len(sequence.token_ids), *sequence.token_ids]
         digest.update(array("q", numbers))
+        label = None if row.labels is None else row.labels[item.number]
+        digest.update(repr((row.place, row.id, item.number, label)).encode())
     return digest.hexdigest()
 
 

@@ -55,8 +55,9 @@ def of_prm_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
             'prm.reference: found "policy", but labelled responses have no policy beside them; '
             'take "frozen": the reference is model.hf'
         )
-    yield from (line for line in prm_rules.problems(config) if line.startswith("rollout.group"))
-    if prm.mini_batch_size % group_size:
+    of_pairs = list(prm_rules.of_pairs(config))
+    yield from of_pairs
+    if not of_pairs and prm.mini_batch_size % group_size:
         yield (
             f"prm.mini_batch_size: found {prm.mini_batch_size}, wanted a multiple of "
             f"rollout.group_size = {group_size}: a step takes whole groups of responses to a prompt"
@@ -75,6 +76,14 @@ def of_scoring(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield "score.input: missing; set it to a file of texts, in the TOML or with --score.input=…"
     else:
         yield from check_file("score.input", knobs.input)
+    output = config.score_output
+    if output.suffix != ".jsonl":
+        yield f"score.output: found {output}, wanted a name that ends with .jsonl"
+    elif knobs.input is not None and output.resolve() == knobs.input.resolve():
+        yield (
+            f"score.output: found {output}, which is score.input; wanted another file: scores are "
+            "no texts, and would be written behind them"
+        )
     if knobs.prm is None:
         yield "score.prm: missing; set it to the trained PRM's directory"
         return
@@ -83,7 +92,11 @@ def of_scoring(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"score.prm: no directory {knobs.prm}; wanted a Hugging Face checkpoint or a run's "
             "checkpoints/step_…"
         )
-    elif knobs.reference is not None:
+        return
+    yield from evaluate_rules.other_beta(knobs.prm, config)
+    if not (knobs.prm / "run.json").exists():
+        yield from check_model(config, "score.prm", knobs.prm, {}, ("prm",))
+    if knobs.reference is not None:
         yield from check_model(config, "score.reference", knobs.reference, {}, ("reference",))
     elif why := evaluate_rules.unnamed_reference(knobs.prm, "score"):
         yield f"score.reference: missing, and {why}"

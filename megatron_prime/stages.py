@@ -62,6 +62,8 @@ def train_prm(config: RunConfig, launch: Launch) -> None:
             labelled.fingerprint,
             "groups of responses, wanted at least prm.mini_batch_size / rollout.group_size",
         )
+        # Before the reference speaks, which takes long and leaves a file.
+        RunCheckpoints({}, None, groups, config, "train_prm").refuse_others()
         reference, held_out = labelled_inputs.reference_of(config, learnt, judged, ranks)
         prm = trained_prm(config, knobs.steps)
         with steps_of(config, launch, ranks, "train_prm", prm.engine, groups) as steps:

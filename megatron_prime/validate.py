@@ -29,6 +29,7 @@ from megatron_prime.common_rules import (
     check_file,
     check_micro_batch,
     check_model,
+    check_policy_in,
     check_schedule,
     check_shares,
     check_vocabulary,
@@ -109,11 +110,14 @@ def _of_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _start(config: RunConfig) -> Iterator[str]:
     weights = config.model.weights
-    if weights is not None and not any((weights / n).exists() for n in (".metadata", "run.json")):
+    if weights is None:
+        return
+    if not any((weights / n).exists() for n in (".metadata", "run.json")):
         yield (
             f"model.weights: found no distributed checkpoint at {weights}, wanted what "
             "tools/convert_hf_to_megatron.py makes, or a run's checkpoints/step_…"
         )
+    yield from check_policy_in("model.weights", weights)
 
 
 def _recorded(played: Path | None, own: Path) -> Iterator[str]:
@@ -135,6 +139,8 @@ def _of_generation(config: RunConfig, command: str, world_size: int | None) -> I
         yield from check_file("data.train", config.data.train)
         return
     yield from evaluate_rules.command_problems(config, check_model)
+    if config.evaluate.policy is not None:
+        yield from check_policy_in("evaluate.policy", config.evaluate.policy)
     if config.evaluate.prm is not None:
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         yield from parallel or _ranks(config, world_size)

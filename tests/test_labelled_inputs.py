@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_prime.config import RunConfig
+from megatron_prime.data.answered import Answered
 from megatron_prime.data.labelled import LabelledGroup
+from megatron_prime.data.rows import DataError
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.types import TokenSequence
 
@@ -27,6 +29,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.batches: object = None
         self.engine = self
         self.grid = SimpleNamespace(dp_size=2, multiple=1)
 
@@ -42,7 +45,12 @@ class Reference:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Reference:
     model = Reference()
-    monkeypatch.setattr(labelled_inputs, "loaded_reference", lambda config: model)
+
+    def loaded(config: RunConfig, batches: object) -> Reference:
+        model.batches = batches
+        return model
+
+    monkeypatch.setattr(labelled_inputs, "loaded_reference", loaded)
     return model
 
 
@@ -88,6 +96,42 @@ def test_the_reference_is_asked_once_for_all_starts(tmp_path: Path, reference: R
     assert reference.asked == 604
 
 
+def test_it_says_how_far_it_is(
+    tmp_path: Path, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    said = [f"reference: {done} of 604 responses" for done in (256, 512, 604)]
+    assert capsys.readouterr().out.splitlines() == said
+    other: Any = SimpleNamespace(rank=1, share=lambda value: value)
+    labelled_inputs.reference_of(config(tmp_path), LEARNT[:1], JUDGED, other)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_padding_stays_in_memory(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a batch of everything, padded to the longest, nor the chunks that rows are cut of."""
+    whole, batches = labelled_inputs.as_batch, list[int]()
+
+    def as_batch(groups: Sequence[LabelledGroup]) -> Any:
+        batches.append(len(groups))
+        return whole(groups)
+
+    glued = torch.cat
+
+    def cat(parts: list[torch.Tensor]) -> torch.Tensor:
+        for part in parts:
+            assert part.untyped_storage().nbytes() == 4 * len(part)
+        return glued(parts)
+
+    monkeypatch.setattr(labelled_inputs, "as_batch", as_batch)
+    monkeypatch.setattr(labelled_inputs.torch, "cat", cat)
+    monkeypatch.setattr(labelled_inputs, "_scored", lambda *_: None)
+    labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    assert reference.asked == 604
+    assert batches == []
+
+
 def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Reference) -> None:
     labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
     check(labelled_inputs.reference_of(config(tmp_path), LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
@@ -96,6 +140,65 @@ def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Refer
     kept.write_bytes(kept.read_bytes()[:100])
     check(labelled_inputs.reference_of(config(tmp_path), LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
     assert reference.asked == 604 + 20
+
+
+def test_another_model_of_the_same_path_is_asked_anew(tmp_path: Path, reference: Reference) -> None:
+    given = config(tmp_path)
+    model = given.model.model_copy(update={"hf": tmp_path / "model"})
+    given = given.model_copy(update={"model": model})
+    (tmp_path / "model").mkdir()
+
+    def asked(of: RunConfig) -> int:
+        before = reference.asked
+        check(labelled_inputs.reference_of(of, LEARNT[:3], JUDGED, RANKS), LEARNT[:3])
+        return reference.asked - before
+
+    assert (asked(given), asked(given)) == (10, 0)
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert (asked(given), asked(given)) == (10, 0)
+    fp8 = given.precision.reference.model_copy(update={"fp8": "e4m3"})
+    precision = given.precision.model_copy(update={"reference": fp8})
+    assert asked(given.model_copy(update={"precision": precision})) == 10
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Answered]]:
+    """What each file has, by its name."""
+    found = dict[str, list[Answered]]()
+    monkeypatch.setattr(labelled_inputs, "read_answered", lambda source, *_: found[str(source)])
+    monkeypatch.setattr(
+        labelled_inputs, "shape_of", lambda config, name: SimpleNamespace(vocab_size=9)
+    )
+    return found
+
+
+def answered(prompt: int, count: int = 2) -> Answered:
+    return Answered("line 1", None, (prompt,), ((3,),) * count, (0.0, 1.0)[:count])
+
+
+def groups_of(folder: Path) -> tuple[list[int], list[int]]:
+    """The prompts that are learnt, and those that judge."""
+    given = config(folder)
+    knobs = given.train_prm.model_copy(update={"data": Path("data"), "held_out": Path("judge")})
+    rollout = given.rollout.model_copy(update={"group_size": 2})
+    given = given.model_copy(update={"train_prm": knobs, "rollout": rollout})
+    learnt, judged = labelled_inputs.groups_of(given, None, RANKS)  # type: ignore[arg-type]
+    return [g.prompt_ids[0] for g in learnt], [g.prompt_ids[0] for g in judged]
+
+
+def test_what_is_held_out_is_not_learnt(
+    tmp_path: Path, answers: dict[str, list[Answered]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers["data"] = [answered(n) for n in (1, 2, 3)]
+    answers["judge"] = [answered(n) for n in (2, 4)]
+    assert groups_of(tmp_path) == ([1, 3], [2, 4])
+    assert "data: dropped: 1 groups of prompts that are held out" in capsys.readouterr().out
+    answers["judge"] += [answered(n) for n in (1, 3)]
+    with pytest.raises(DataError, match="found the prompts of all 3 groups of data in judge"):
+        groups_of(tmp_path)
+    answers["judge"] = [answered(5, count=1)]
+    with pytest.raises(DataError, match=r"left to judge the PRM by in judge, train_prm\.held_out"):
+        groups_of(tmp_path)
 
 
 def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
@@ -107,6 +210,19 @@ def test_a_loaded_reference_stays(tmp_path: Path, reference: Reference) -> None:
     assert held_out is not None
     assert reference.asked == 4
     assert not (tmp_path / "reference_logprobs.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["once", "loaded"])
+def test_the_references_batches_are_cut_as_the_prms(
+    tmp_path: Path, reference: Reference, kind: str
+) -> None:
+    """Also where no process reward would use a PRM in a run."""
+    given = config(tmp_path, kind)
+    given = given.model_copy(
+        update={"advantage": given.advantage.model_copy(update={"process_weight": 0.0})}
+    )
+    labelled_inputs.reference_of(given, LEARNT[:1], JUDGED, RANKS)
+    assert reference.batches is given.prm
 
 
 def test_nothing_may_be_held_out(tmp_path: Path, reference: Reference) -> None:

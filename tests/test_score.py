@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,47 @@ def test_scores_of_other_texts_or_another_prm_are_refused(
     with pytest.raises(RecordsError, match=r"  beta: found 0\.1, made with 0\.05"):
         continued(other, output, texts)
     (tmp_path / "prm" / "model.safetensors").touch()
-    with pytest.raises(RecordsError, match=r"remove it and scores\.json.*\n  prm_weights: found"):
+    with pytest.raises(
+        RecordsError, match=r"remove it and scores\.options\.json,.*\n  prm_weights: found"
+    ):
         continued(config, output, texts)
+
+
+def test_other_number_formats_are_refused(
+    config: RunConfig, tokenizer: Any, tmp_path: Path
+) -> None:
+    output, texts = tmp_path / "scores.jsonl", items(tokenizer, "ab", "c")
+    assert continued(config, output, texts) == 0
+    for model in ("prm", "reference"):
+        changed = config.precision.of(model).model_copy(update={"fp8": "e4m3"})
+        precision = config.precision.model_copy(update={model: changed})
+        other = config.model_copy(update={"precision": precision})
+        with pytest.raises(RecordsError, match=f"  precision.{model}.fp8: found 'e4m3', made with"):
+            continued(other, output, texts)
+
+
+def test_a_file_of_somebody_else_s_is_left_alone(
+    config: RunConfig, tokenizer: Any, tmp_path: Path
+) -> None:
+    """scores.json beside scores.jsonl is none of ours; what stands in our place must be ours."""
+    output, texts = tmp_path / "scores.jsonl", items(tokenizer, "ab", "c")
+    other = tmp_path / "scores.json"
+    other.write_text('{"mine": 1}')
+    assert continued(config, output, texts) == 0
+    assert other.read_text() == '{"mine": 1}'
+    for content in (b"[1]", b"no JSON", b"\xff"):
+        (tmp_path / "scores.options.json").write_bytes(content)
+        with pytest.raises(RecordsError, match=r"scores\.options\.json: found no table of options"):
+            continued(config, output, texts)
+
+
+@pytest.mark.parametrize("change", [{"place": "line 5"}, {"id": "other"}, {"labels": (1.0, 0.0)}])
+def test_all_that_a_line_repeats_of_the_input_is_in_the_fingerprint(
+    tokenizer: Any, change: dict[str, Any]
+) -> None:
+    first = items(tokenizer, "ab", "c", labels=(1.0, 1.0))
+    changed = replace(first[0].row, **change)
+    assert fingerprint(first) != fingerprint([Item(changed, 0), Item(changed, 1)])
 
 
 def test_where_the_response_begins_makes_another_text(tokenizer: Any) -> None:

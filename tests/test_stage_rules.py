@@ -80,11 +80,21 @@ WRONG = [
     ),
     (
         "train_prm",
+        {
+            "prm": {"loss": "nca"},
+            "rollout": {"group_size": 1},
+            "advantage": {"process_weight": 0.0},
+        },
+        "rollout.group_size: found 1, wanted 2 or more",
+    ),
+    (
+        "train_prm",
         {"prm": {"schedule": "cosine", "warmup_steps": 7}, "train_prm": {"steps": 7}},
         "prm.warmup_steps: found 7, wanted fewer than train_prm.steps = 7",
     ),
     ("score", {"score": {"input": None}}, "score.input: missing"),
     ("score", {"score": {"prm": None}}, "score.prm: missing"),
+    ("score", {"score": {"output": "scores.json"}}, "score.output: found scores.json, wanted a"),
     ("score", {"score": {"prm": "absent"}}, "score.prm: no directory absent"),
     ("score", {"score": {"reference": "absent"}}, "score.reference: no absent"),
     ("score", {"score": {"reference": None}}, "score.reference: missing, and"),
@@ -99,9 +109,64 @@ def test_what_is_wrong_is_told_with_its_knob(
     assert any(one.startswith(line) for one in told), told
 
 
+@pytest.mark.parametrize("command", ["train_prm", "sft"])
+def test_a_start_that_is_no_policy_is_refused(folder: Path, command: str) -> None:
+    """The checkpoints of train_prm, and the parts of a run's that are no policy."""
+    step = folder / "checkpoints" / "step_000001"
+    (step / "prm").mkdir(parents=True)
+    (step / "run.json").touch()
+    (step / "prm" / ".metadata").touch()
+
+    def told(weights: Path) -> list[str]:
+        return found(folder, command, model={"weights": weights})
+
+    (line,) = told(step)
+    assert line.startswith(f"model.weights: found only prm of a run in {step}, wanted a policy")
+    (line,) = told(step / "prm")
+    assert line.startswith(f"model.weights: found the prm of a run in {step / 'prm'}, wanted")
+    (step / "policy").mkdir()
+    (step / "policy" / ".metadata").touch()
+    assert told(step) == told(step / "policy") == []
+
+
+def test_scores_are_not_written_into_the_texts(folder: Path) -> None:
+    """Whatever the one file is called, also where score.output is not said."""
+    texts = folder / "texts.jsonl"
+    (folder / "link.jsonl").symlink_to(texts)
+    for output in (texts, folder / "model" / ".." / "texts.jsonl", folder / "link.jsonl"):
+        (line,) = found(folder, "score", score={"output": output})
+        assert line.startswith(f"score.output: found {output}, which is score.input")
+    (folder / "run" / "scores").mkdir(parents=True)
+    own = folder / "run" / "scores" / "scores.jsonl"
+    own.touch()
+    (line,) = found(folder, "score", score={"input": own})
+    assert "which is score.input" in line
+    assert found(folder, "score", score={"output": folder / "other.jsonl"}) == []
+
+
 def test_a_folder_of_rollouts_is_data(folder: Path) -> None:
     (folder / "rollouts").mkdir()
     assert found(folder, "train_prm", train_prm={"data": folder / "rollouts"}) == []
+
+
+def test_scores_have_the_scale_that_the_prm_was_trained_with(folder: Path) -> None:
+    made_with = {"model": {"hf": "m"}, "prm": {"beta": 0.1}}
+    (folder / "prm" / "run.json").write_text(json.dumps({"config": made_with}))
+    (line,) = found(folder, "score")
+    assert line.startswith("prm.beta: found 0.05, but the PRM in ")
+    assert "was trained with 0.1" in line
+    assert found(folder, "score", prm={"beta": 0.1}) == []
+
+
+def test_a_prm_to_score_with_is_looked_at(folder: Path) -> None:
+    """Not only its reference."""
+    odd = {**MODEL, "num_key_value_heads": 3}
+    (folder / "prm" / "config.json").write_text(json.dumps(odd))
+    (line,) = found(folder, "score", 2, megatron={"tensor_model_parallel_size": 2})
+    assert line.endswith("does not divide num_key_value_heads = 3 of score.prm")
+    (folder / "prm" / "config.json").unlink()
+    (line,) = found(folder, "score")
+    assert line.startswith(f"score.prm: no {folder / 'prm' / 'config.json'}; wanted")
 
 
 def test_what_a_run_started_from_may_be_no_hugging_face_checkpoint(folder: Path) -> None:

@@ -145,6 +145,20 @@ def test_an_order_that_is_wrong_counts_by_the_difference_of_labels() -> None:
     assert "held_out/pair_accuracy" not in equal
 
 
+def test_a_step_without_a_pair_has_no_pair_accuracy() -> None:
+    """Not 0.5: nothing was ordered. (`rollout.group_size = 1` has no pair in any step.)"""
+    alone = [LabelledGroup((1,), ((5, 6),), (1.0,)), LabelledGroup((2,), ((5,),), (0.0,))]
+    for groups in (alone, GROUPS[2:]):
+        scored = held_out(groups)
+        logprobs = by_token(scored.rollouts, 1.0)
+        found = figures.of_prm_rewards(0.5, scored, logprobs, logprobs)
+        assert not [name for name in found if "pair_accuracy" in name]
+        assert "prm/predicted_accuracy" in found
+    scored = held_out(GROUPS)
+    found = figures.of_prm_rewards(0.5, scored, by_token(scored.rollouts, 1.0))
+    assert found["prm/pair_accuracy_before"] == pytest.approx((1 + 1 + 0.5) / 3)
+
+
 def test_the_loss_of_pairs_is_that_of_all_held_out_pairs() -> None:
     scored = held_out(GROUPS)
     knobs = PrmSection(beta=0.5, loss="dpo")

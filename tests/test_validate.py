@@ -415,6 +415,11 @@ def test_knobs_of_sets_that_do_not_go_together(config, tmp_path):
     assert found.startswith(f"evaluate.prm: no directory {tmp_path}/none")
     (found,) = of(sets=sets, policy=tmp_path / "none")
     assert found.startswith(f"evaluate.policy: no directory {tmp_path}/none")
+    step = tmp_path / "step_000001"
+    (step / "critic").mkdir(parents=True)
+    (step / "run.json").touch()
+    (found,) = of(sets=sets, policy=step)
+    assert found.startswith(f"evaluate.policy: found only critic of a run in {step}")
 
 
 @pytest.mark.parametrize(
@@ -441,6 +446,15 @@ def test_a_run_names_its_prms_reference_only_if_that_was_its_start(
         assert told in found[0]
     named = {**ranked, "reference": tmp_path / "model"}
     assert problems(config(evaluate=named), "evaluate", 1) == []
+
+
+def test_a_prm_ranks_at_the_scale_that_it_was_trained_with(config, tmp_path):
+    (tmp_path / "prm" / "run.json").write_text(json.dumps({"config": {"prm": {"beta": 0.1}}}))
+    knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
+    ranked = {**knobs, "prm": tmp_path / "prm", "reference": tmp_path / "model"}
+    (found,) = problems(config(evaluate=ranked), "evaluate", 1)
+    assert found.startswith("prm.beta: found 0.05, but the PRM in")
+    assert problems(config(evaluate=ranked, prm={"beta": 0.1}), "evaluate", 1) == []
 
 
 def test_a_prm_that_ranks_is_split_as_megatron_says(config, tmp_path):

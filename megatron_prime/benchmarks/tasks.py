@@ -97,6 +97,18 @@ def identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def precision_options(config: RunConfig) -> dict[str, Any]:
+    """All number formats that decide on a PRM's rewards: its own and its reference's."""
+    return {
+        f"precision.{name}.{knob}": value
+        for name, options in (
+            ("prm", config.precision.prm),
+            ("reference", config.precision.reference),
+        )
+        for knob, value in options.model_dump(mode="json").items()
+    }
+
+
 def record_of(id_: str, group: VerifiedGroup) -> Record:
     """What is kept of a problem's answers."""
     prompt = group.prompt

@@ -11,6 +11,7 @@ with which a policy would have written them, and end with its EOS token; rollout
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ class Answered:
 
 
 def read_answered(
-    source: Path, tokenizer: Tokenizer, template: Template, labelled: bool
+    source: Path, tokenizer: Tokenizer, template: Template, labelled: bool, vocab_size: int
 ) -> list[Answered]:
     """All rows of a .jsonl or .parquet file, or of all step_*.jsonl of a folder.
 
+    `vocab_size`: the model's, which recorded tokens must be below; and `tokenizer` must read in
+    them what the run that recorded them did.
     Raises DataError for all malformed rows at once (with `labelled`, rows without labels are), and
     where there are none at all.
     """
@@ -70,7 +73,10 @@ def read_answered(
             try:
                 if isinstance(row, RowError):
                     raise row
-                rows.append(_parse(where, row, tokenizer, template, labelled))
+                if "rollouts" in row:
+                    rows.append(_of_rollouts(where, row, tokenizer, vocab_size))
+                else:
+                    rows.append(_parse(where, row, tokenizer, template, labelled))
             except RowError as error:  # survived until all other rows are looked at
                 count += 1
                 if count <= SHOWN_PROBLEMS:
@@ -86,8 +92,6 @@ def read_answered(
 def _parse(
     place: str, row: Row, tokenizer: Tokenizer, template: Template, labelled: bool
 ) -> Answered:
-    if "rollouts" in row:
-        return _of_rollouts(place, row)
     messages, texts = _texts(row)
     labels = _labels(row, len(texts))
     if labelled and labels is None:
@@ -128,14 +132,18 @@ def _labels(row: Row, count: int) -> tuple[float, ...] | None:
         return None
     if not isinstance(labels, list) or len(labels) != count:
         raise RowError(f"labels: found {_shown(labels)}, wanted a list of {count}, as responses")
-    for number, label in enumerate(labels):
-        # NaN fails the comparison, too.
-        if not isinstance(label, int | float) or not 0 <= label <= 1:
-            raise RowError(f"labels[{number}]: found {label!r}, wanted a number from 0 to 1")
+    _check_labels("labels", labels)
     return tuple(map(float, labels))
 
 
-def _of_rollouts(place: str, row: Row) -> Answered:
+def _check_labels(name: str, labels: Sequence[Any]) -> None:
+    for number, label in enumerate(labels):
+        # NaN fails the comparison, too.
+        if not isinstance(label, int | float) or not 0 <= label <= 1:
+            raise RowError(f"{name}[{number}]: found {label!r}, wanted a number from 0 to 1")
+
+
+def _of_rollouts(place: str, row: Row, tokenizer: Tokenizer, vocab_size: int) -> Answered:
     try:
         group = _GROUP.validate_python(row)
     except ValidationError as error:
@@ -150,8 +158,29 @@ def _of_rollouts(place: str, row: Row) -> Answered:
             f"found {len(responses)} rollouts with {len(group.outcome_rewards)} outcome_rewards, "
             "wanted as many, and no empty response"
         )
+    _check_labels("outcome_rewards", group.outcome_rewards)
+    _check_tokens(group, tokenizer, vocab_size)
     name = str(group.prompt.prompt_id)
     return Answered(place, name, group.prompt.token_ids, responses, group.outcome_rewards)
+
+
+def _check_tokens(group: VerifiedGroup, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """RowError for tokens of another vocabulary: the models would take them for other words."""
+    recorded = (group.prompt.token_ids, *(rollout.response_ids for rollout in group.rollouts))
+    for ids in recorded:
+        if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+            raise RowError(
+                f"found the token {wrong[0]}, wanted tokens below {vocab_size}, the vocab_size of "
+                "model.hf; take the model of the run that wrote the rollouts, or one of its family"
+            )
+    for number, rollout in enumerate(group.rollouts):
+        text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        if text != rollout.text:
+            raise RowError(
+                f"rollouts[{number}]: found tokens that the tokenizer of model.hf reads as "
+                f"{_shown(text)}, and that were recorded as {_shown(rollout.text)}; take the model "
+                "of the run that wrote the rollouts, or one of its family"
+            )
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ trained exactly where the policy will write it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -76,11 +76,20 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     eos_token_id: int | None
+    added_tokens_decoder: Mapping[int, Any]  # by id; `special`: no text, a mark of the template
 
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, return_dict: bool
-    ) -> list[int]:
-        """Token ids of a conversation."""
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        return_dict: bool,
+        tokenize: bool = True,
+    ) -> Any:
+        """Token ids of a conversation; or its text, if it is not to be tokenized."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids."""
@@ -159,8 +168,9 @@ def encode_conversation(
     Learnt is what the assistant writes, up to and including the EOS token of each turn. The
     sequence ends with a learnt EOS token: one is added if the template writes none, and what it
     writes behind it is dropped. Raises TokenizerError as `check_tokenizer`; RowError if the first
-    message is the assistant's or the last is not, or if the template refuses the messages or
-    rewrites earlier turns.
+    message is the assistant's or the last is not, or if the template refuses the messages, rewrites
+    earlier turns, or leaves out some of what the assistant says. What it adds to that is its way of
+    writing, and learnt; blanks at the ends it may take away.
     """
     eos = check_tokenizer(tokenizer)
     roles = [message.role for message in messages]
@@ -176,6 +186,7 @@ def encode_conversation(
                 f"messages[{position}]: found a chat template that rewrites what stands before this"
                 " assistant turn, wanted one that only appends; split the conversation there"
             )
+        _check_turn(tokenizer, messages, position)
         turn = whole[len(opening) :]
         learnt = turn.index(eos) + 1 if eos in turn else len(turn)
         unlearnt = len(turn) - learnt
@@ -191,33 +202,69 @@ def encode_answer(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of a prompt and of `text` as the assistant's answer to it, with its EOS token.
 
-    These are the tokens with which a policy would have given that answer and ended. Raises as
-    `encode_conversation`; earlier answers among the `messages` belong to the prompt.
+    These are the tokens with which a policy would have given that answer and ended: the text as it
+    is, not as the template would write it. Raises as `encode_prompt`, and RowError for a text with
+    special tokens in it; earlier answers among the `messages` belong to the prompt.
     """
     eos = check_tokenizer(tokenizer)
-    opening = encode_prompt(tokenizer, messages)
-    answered = [*messages, Message("assistant", text)]
-    whole = _encode(tokenizer, answered, add_generation_prompt=False)
-    if whole[: len(opening)] != opening:
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    special = {eos, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    if (inside := next((token for token in ids if token in special), None)) is not None:
         raise RowError(
-            "found a chat template that rewrites the prompt when it is answered, wanted one that"
-            " only appends"
+            f"found the special token {_token(tokenizer, inside)} in a response, wanted text: it "
+            "would end the response, or be none of its words"
         )
-    turn = whole[len(opening) :]
-    return opening, turn[: turn.index(eos) + 1] if eos in turn else (*turn, eos)
+    return encode_prompt(tokenizer, messages), (*ids, eos)
+
+
+def _check_turn(tokenizer: Tokenizer, messages: Sequence[Message], position: int) -> None:
+    """RowError unless the template writes down all that the assistant says, up to the end."""
+    said = messages[position].content.strip()
+    eos = check_tokenizer(tokenizer)
+    if eos in tokenizer.encode(said, add_special_tokens=False):
+        raise RowError(
+            f"messages[{position}]: found {_token(tokenizer, eos)} in what the assistant says, "
+            "which would end the turn there"
+        )
+    opening = _render(tokenizer, messages[:position], add_generation_prompt=True)
+    whole = _render(tokenizer, messages[: position + 1], add_generation_prompt=False)
+    if said not in whole[len(opening) :]:
+        raise RowError(
+            f"messages[{position}]: found a chat template that leaves out some of what the "
+            "assistant says (its <think>…</think>?), so that it would not be learnt; set a "
+            "chat_template in tokenizer_config.json that writes all of it, or take that out of the "
+            "row"
+        )
+
+
+def _token(tokenizer: Tokenizer, token: int) -> str:
+    return repr(tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _encode(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> tuple[int, ...]:
+    check_tokenizer(tokenizer)
+    return tuple(_apply(tokenizer, messages, add_generation_prompt))
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> str:
+    return str(_apply(tokenizer, messages, add_generation_prompt, tokenize=False))
+
+
+def _apply(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, **more: bool
+) -> Any:
     from jinja2 import TemplateError
 
-    check_tokenizer(tokenizer)
-    conversation = [asdict(message) for message in messages]
     try:
-        ids = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, return_dict=False
+        return tokenizer.apply_chat_template(
+            [asdict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            **more,
         )
     except TemplateError as error:
         raise RowError(f"the chat template refuses the messages: {error}") from error
-    return tuple(ids)

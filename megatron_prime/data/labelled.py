@@ -2,8 +2,9 @@
 
 Whatever the rows look like, what is learnt is a group: `rollout.group_size` responses to one prompt
 with their labels, as a run's step has them. Rows of the same prompt are put together; of each
-prompt's responses as many whole groups are made as there are, in their order. What is left over,
-too long, or (for losses of pairs) without two different labels is counted and not learnt.
+prompt's responses as many whole groups are made as there are, and each gets its share of every
+label, so that files sorted by label have pairs, too. What is left over, too long, or (for losses of
+pairs) without two different labels is counted and not learnt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +56,22 @@ class LabelledSet:
         return f"{source}: {len(self.groups)} groups; dropped: {', '.join(lost) or 'nothing'}"
 
 
+Response = tuple[tuple[int, ...], float]  # tokens and label
+
+
 def labelled_groups(
-    rows: Sequence[Answered], group_size: int, max_length: int, mixed_only: bool
+    rows: Sequence[Answered],
+    group_size: int,
+    max_length: int,
+    mixed_only: bool,
+    use: str = "learn",
 ) -> LabelledSet:
     """The groups of the rows, which have labels; DataError if there are none.
 
     `max_length`: of prompt and response. `mixed_only`: drop groups whose labels are all equal.
+    `use`: what they are for, said where there are none.
     """
-    by_prompt: dict[tuple[int, ...], list[tuple[tuple[int, ...], float]]] = {}
+    by_prompt: dict[tuple[int, ...], list[Response]] = {}
     too_long = 0
     for row in rows:
         assert row.labels is not None, "read as labelled"
@@ -72,19 +81,31 @@ def labelled_groups(
             else:
                 by_prompt.setdefault(row.prompt_ids, []).append((response, label))
     groups = [
-        LabelledGroup(prompt, *zip(*found[start : start + group_size], strict=True))
+        LabelledGroup(prompt, *zip(*group, strict=True))
         for prompt, found in by_prompt.items()
-        for start in range(0, len(found) - group_size + 1, group_size)
+        for group in dealt(found, group_size)
     ]
     left_over = sum(map(len, by_prompt.values())) - group_size * len(groups)
     kept = tuple(group for group in groups if group.mixed or not mixed_only)
     found = LabelledSet(kept, too_long, left_over, len(groups) - len(kept))
     if not kept:
         raise DataError(
-            f"{found.told('labelled responses')}; nothing is left to learn: bring more, raise "
+            f"{found.told('labelled responses')}; nothing is left to {use}: bring more, raise "
             'train_prm.max_length, lower rollout.group_size, or take prm.loss = "ce"'
         )
     return found
+
+
+def dealt(responses: Sequence[Response], group_size: int) -> list[list[Response]]:
+    """As many whole groups as there are, among which each label is shared as evenly as can be.
+
+    What is left over is of all labels, too; within a group responses keep their order.
+    """
+    count = len(responses) // group_size
+    taken = count * group_size
+    by_label = sorted(range(len(responses)), key=lambda i: responses[i][1])
+    kept = [by_label[(2 * i + 1) * len(by_label) // (2 * taken)] for i in range(taken)]
+    return [[responses[i] for i in sorted(kept[group::count])] for group in range(count)]
 
 
 def split(
@@ -100,13 +121,16 @@ def split(
     return learnt, tuple(group for group in groups if group.prompt_ids in held)
 
 
+def sequences_of(groups: Iterable[LabelledGroup]) -> Iterator[TokenSequence]:
+    """All responses with their prompts."""
+    for group in groups:
+        for response in group.responses:
+            yield TokenSequence(group.prompt_ids + response, len(group.prompt_ids))
+
+
 def as_batch(groups: Sequence[LabelledGroup]) -> RolloutBatch:
     """Groups as a step's rollouts; nobody says with which log-probs they were sampled: 0."""
-    sequences = tuple(
-        TokenSequence(group.prompt_ids + response, len(group.prompt_ids))
-        for group in groups
-        for response in group.responses
-    )
+    sequences = tuple(sequences_of(groups))
     lengths = torch.tensor([sequence.response_length for sequence in sequences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     labels = torch.tensor([label for group in groups for label in group.labels])

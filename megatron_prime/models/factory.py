@@ -43,11 +43,11 @@ def trained_prm(config: RunConfig, steps: int) -> MegatronPrm:
     return MegatronPrm(engine, config.prm, Guard(config, "prm"))
 
 
-def reference_of(config: RunConfig) -> MegatronReference:
-    """The reference."""
+def reference_of(config: RunConfig, batches: BatchSection | None = None) -> MegatronReference:
+    """The reference; `batches` says how they are cut, if not as those of a run."""
     chunks, shape = loaded(config, "reference")
-    tokens = config.batches_of("reference").micro_batch_tokens
-    engine = Engine(chunks, shape, tokens, temperature=1.0)
+    batches = batches or config.batches_of("reference")
+    engine = Engine(chunks, shape, batches.micro_batch_tokens, temperature=1.0)
     return MegatronReference(engine, Guard(config, "reference"))
 
 
@@ -88,9 +88,9 @@ def start(
     chunks: Sequence[torch.nn.Module], config: RunConfig, name: ModelName, shape: ModelShape
 ) -> None:
     """Fill a model with the weights that it starts from."""
-    hf, weights = config.hf_of(name), config.model.weights
-    if weights is None or hf != config.model.hf:
-        load_hf(chunks, hf, shape)
+    weights = config.model.weights
+    if weights is None or config.own_hf(name) is not None:  # its own may well be model.hf
+        load_hf(chunks, config.hf_of(name), shape)
     else:
         of_policy = shape_of(config, "policy")
         load(chunks, MegatronWeights(weights_in(weights, "policy").folder, of_policy), shape)

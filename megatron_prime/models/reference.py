@@ -6,6 +6,8 @@ offline training of a PRM, it may speak once and go: `RememberedReference` has i
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -41,10 +43,24 @@ class RememberedReference:
         lengths = [sequence.response_length for sequence in sequences]
         if len(logprobs) != sum(lengths):
             raise ValueError(f"found {len(logprobs)} log-probs, wanted {sum(lengths)}")
-        self._of = dict(zip(sequences, logprobs.split(lengths), strict=True))
+        self._logprobs, self._first = logprobs, dict[bytes, int]()
+        start = 0
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self._first[_digest(sequence)] = start
+            start += length
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probs of the responses at temperature 1: float32 [N, T]."""
         found = torch.zeros(batch.response_mask.shape)
-        found[batch.response_mask] = torch.cat([self._of[sequence] for sequence in batch.sequences])
+        found[batch.response_mask] = torch.cat([self._of(s) for s in batch.sequences])
         return found
+
+    def _of(self, sequence: TokenSequence) -> Tensor:
+        start = self._first[_digest(sequence)]
+        return self._logprobs[start : start + sequence.response_length]
+
+
+def _digest(sequence: TokenSequence) -> bytes:
+    """16 bytes in place of all tokens: what is kept of a response must be small."""
+    numbers = array("q", [sequence.prompt_length, *sequence.token_ids])
+    return hashlib.blake2b(numbers, digest_size=16).digest()

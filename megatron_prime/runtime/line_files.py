@@ -1,7 +1,7 @@
 """Files that grow by whole chunks of JSON lines, so that a killed command can go on.
 
-    scores.jsonl    one record a line
-    scores.json     the options it was made with
+    greedy.jsonl    one record a line
+    greedy.json     the options it was made with, or wherever who writes it says
 
 A chunk is one write that reaches the disk before the next chunk begins. After a kill a last, broken
 chunk is cut off and made again, in the same company: so a continued file is that of a command which
@@ -25,13 +25,16 @@ class RecordsError(RunError, ValueError):
     """Records that can't be continued or read; the message names the file and what to do."""
 
 
-def changes(path: Path, options: Mapping[str, Any]) -> list[str]:
+def changes(path: Path, options: Mapping[str, Any], noted: Path | None = None) -> list[str]:
     """What differs from the options that `path` was made with, a line each; notes those of a new
-    file."""
-    noted = path.with_suffix(".json")
+    file, in `noted` (not given: beside it, as .json).
+
+    Raises RecordsError where something else is noted there.
+    """
+    noted = noted or path.with_suffix(".json")
     if not noted.exists() and not path.exists():
-        note(path, options)
-    before = json.loads(noted.read_text()) if noted.exists() else {}
+        note(path, options, noted)
+    before = _noted(noted) if noted.exists() else {}
     now = json.loads(json.dumps(options))
     return [
         f"  {name}: found {now.get(name)!r}, made with {before.get(name)!r}"
@@ -40,10 +43,23 @@ def changes(path: Path, options: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def note(path: Path, options: Mapping[str, Any]) -> None:
-    """Write down the options that `path` is made with."""
+def note(path: Path, options: Mapping[str, Any], noted: Path | None = None) -> None:
+    """Write down the options that `path` is made with, where `changes` looks for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path.with_suffix(".json"), json.dumps(options, indent=1).encode())
+    write_whole(noted or path.with_suffix(".json"), json.dumps(options, indent=1).encode())
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(path.read_bytes())
+    except ValueError:  # no JSON, no UTF-8
+        options = None
+    if not isinstance(options, dict):
+        raise RecordsError(
+            f"{path}: found no table of options, wanted those that the records beside it were made "
+            "with; bring it back from a copy, or give the records another place"
+        )
+    return options
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -176,6 +176,18 @@ class RunCheckpoints:
                 f"can't load checkpoint {newest}: {_first_cause(error)}; {older}"
             ) from error
 
+    def refuse_others(self) -> None:
+        """CheckpointError or DataError where `resume` would refuse to continue another run, for
+        those who write into the run folder before; what is damaged `resume` tells. Collective."""
+        if found := self._completed_everywhere():
+            try:
+                saved = json.loads((found[-1] / "run.json").read_text())
+                prompts, _ = saved["prompts"], saved["config"]
+            except (OSError, ValueError, KeyError, TypeError):
+                return
+            self._check_config(saved)
+            self.prompts.load_state_dict(prompts)
+
     def _completed_everywhere(self) -> list[Path]:
         """Rank 0's list, for a shared file system may show others an older one."""
         found = [completed(self.folder)]

@@ -20,8 +20,8 @@ ASKED = [Message("user", "1+1=")]
 GROUP = VerifiedGroup(
     Prompt(7, (1, 2), "4", "math", "test"),
     (
-        Rollout((3, 4), (-0.25, -1e-7), "stop", 5, "4"),
-        Rollout((3, 9, 9), (-0.1, -0.5, -0.5), "length", 5, ""),
+        Rollout((3, 4), (-0.25, -1e-7), "stop", 5, '!"'),  # as the tokenizer below reads them
+        Rollout((3, 9, 9), (-0.1, -0.5, -0.5), "length", 5, "!''"),
     ),
     (1.0, 0.5),
     0,
@@ -29,7 +29,7 @@ GROUP = VerifiedGroup(
 
 
 def read(path, tokenizer, labelled=True, template="plain"):
-    return read_answered(path, tokenizer, template, labelled)
+    return read_answered(path, tokenizer, template, labelled, len(tokenizer))
 
 
 def test_a_response_has_the_tokens_of_fine_tuning(write_jsonl, tokenizer):
@@ -103,12 +103,15 @@ def test_malformed_rows_are_reported_at_once(write_jsonl, tokenizer):
             {**good, "ability": "poetry"},
             {**group, "rollouts": [{}]},
             {**group, "outcome_rewards": [1.0]},
+            {**group, "outcome_rewards": [1.0, 1.5]},
+            {**group, "prompt": {**group["prompt"], "token_ids": [1, 300]}},
+            {**group, "rollouts": [{**group["rollouts"][0], "text": "4"}, group["rollouts"][1]]},
         ]
     )
     with pytest.raises(DataError) as error:
         read(path, tokenizer)
     first, *lines = str(error.value).splitlines()
-    assert first == f"{path}: malformed rows: 9"
+    assert first == f"{path}: malformed rows: 12"
     wanted = [
         "line 2: labels: found [1], wanted a list of 2, as responses",
         "line 3: labels[1]: found 1.5, wanted a number from 0 to 1",
@@ -119,6 +122,9 @@ def test_malformed_rows_are_reported_at_once(write_jsonl, tokenizer):
         "line 8: ability: found 'poetry', wanted 'math' or 'code'",
         "line 9: found rollouts that no run wrote (rollouts.0.response_ids: Field required)",
         "line 10: found 2 rollouts with 1 outcome_rewards, wanted as many",
+        "line 11: outcome_rewards[1]: found 1.5, wanted a number from 0 to 1",
+        "line 12: found the token 300, wanted tokens below 259, the vocab_size of model.hf",
+        "line 13: rollouts[0]: found tokens that the tokenizer of model.hf reads as",
     ]
     for line, start in zip(lines, wanted, strict=True):
         assert line.strip().startswith(start)

@@ -1,4 +1,7 @@
+import re
+
 import pytest
+from byte_tokenizer import CHATML
 
 from megatron_prime.data import chat
 from megatron_prime.data.chat import (
@@ -8,6 +11,7 @@ from megatron_prime.data.chat import (
     Message,
     TokenizerError,
     build_messages,
+    encode_answer,
     encode_conversation,
     encode_prompt,
     load_tokenizer,
@@ -109,6 +113,51 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
     assert learnt(tokenizer, ids, mask) == ["2;<|im_end|>"]
     with pytest.raises(RowError, match=r"messages\[3\].*rewrites"):
         encode_conversation(tokenizer, [*short, USER, Message("assistant", "2")])
+
+
+THINKING = "<think>1 and 1</think>It is 2. "
+CONTENT = "{{ m['content'] }}"
+LAST = "{{ m['content'].split('</think>')[-1] }}"  # what reasoning models' templates keep
+
+
+@pytest.mark.parametrize(
+    "written",
+    [CONTENT, LAST, "{{ m['content'] | trim }}", "<think></think>{{ m['content'] }}"],
+)
+def test_an_answer_has_its_own_tokens_whatever_the_template_makes_of_it(make_tokenizer, written):
+    tokenizer = make_tokenizer(CHATML.replace(CONTENT, written))
+    prompt, answer = encode_answer(tokenizer, [USER], THINKING)
+    assert prompt == encode_prompt(tokenizer, [USER])
+    assert tokenizer.decode(answer) == THINKING + "<|im_end|>"
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_an_answer_with_a_special_token_is_refused(tokenizer, mark):
+    with pytest.raises(RowError, match=f"the special token '{re.escape(mark)}' in a response"):
+        encode_answer(tokenizer, [USER], f"It is{mark} 2.")
+
+
+def test_what_a_template_adds_or_trims_is_learnt_and_what_it_drops_is_refused(make_tokenizer):
+    turns = [USER, Message("assistant", THINKING)]
+    for written, wanted in (
+        ("{{ m['content'] | trim }}", THINKING.strip()),
+        ("<think></think>{{ m['content'] }}", "<think></think>" + THINKING),
+    ):
+        changed = make_tokenizer(CHATML.replace(CONTENT, written))
+        # Only what the assistant says is checked, so the user's turn may be written so, too.
+        ids, mask = encode_conversation(changed, turns)
+        assert learnt(changed, ids, mask) == [wanted + "<|im_end|>"]
+    dropping = make_tokenizer(CHATML.replace(CONTENT, LAST))
+    with pytest.raises(RowError, match=r"messages\[1\]: found a chat template that leaves out"):
+        encode_conversation(dropping, turns)
+    assert encode_conversation(dropping, [USER, Message("assistant", "It is 2.")])
+
+
+def test_a_turn_that_would_end_early_is_refused(tokenizer):
+    with pytest.raises(
+        RowError, match=r"messages\[1\]: found '<\|im_end\|>' in what the assistant"
+    ):
+        encode_conversation(tokenizer, [USER, Message("assistant", "It<|im_end|> is 2.")])
 
 
 @pytest.mark.parametrize("roles", [[], ["user"], ["assistant"], ["user", "assistant", "user"]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_prime.data.answered import Answered
-from megatron_prime.data.labelled import as_batch, fingerprint, labelled_groups, split
+from megatron_prime.data.labelled import as_batch, dealt, fingerprint, labelled_groups, split
 from megatron_prime.data.rows import DataError
 
 
@@ -26,6 +26,26 @@ def test_rows_of_a_prompt_are_put_together_in_whole_groups():
         (2, (0.0, 1.0)),
     ]
     assert (found.too_long, found.left_over, found.equal) == (0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "size", "wanted"),
+    [
+        ((1, 1, 0, 0), 2, [(1, 0), (1, 0)]),
+        ((1, 1, 1, 1, 0, 0, 0, 0), 4, [(1, 1, 0, 0)] * 2),
+        ((0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1), 3, [(0, 0.5, 1)] * 3),
+        ((0, 0, 0, 0, 0, 0, 1), 3, [(0, 0, 0), (0, 0, 1)]),  # the 1 is not what is left over
+        ((1, 0, 0, 0, 0, 0, 0), 3, [(0, 0, 0), (1, 0, 0)]),
+        ((1, 0), 3, []),
+    ],
+)
+def test_data_sorted_by_label_has_pairs(labels, size, wanted):
+    responses = [((i,), label) for i, label in enumerate(labels)]
+    found = dealt(responses, size)
+    assert [tuple(label for _, label in group) for group in found] == wanted
+    used = [ids for group in found for ids, _ in group]
+    assert len(used) == len(set(used)) == len(labels) // size * size
+    assert all(group == sorted(group) for group in found), "in their order"
 
 
 def test_what_can_t_be_learnt_is_counted():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def test_it_gives_back_what_it_was_told_row_by_row():
     reference = RememberedReference(SEQUENCES, torch.tensor([-1.0, -2.0, -3.0, -4.0]))
     assert reference.logprobs(batch(2, 0, 2)).tolist() == [[-4.0, 0.0], [-1.0, -2.0], [-4.0, 0.0]]
     assert reference.logprobs(batch(1)).tolist() == [[-3.0]]
+
+
+def test_it_keeps_no_tokens():
+    sequences = tuple(TokenSequence((5, n, 700 + n), 1) for n in range(3))
+    before = [sys.getrefcount(s) + sys.getrefcount(s.token_ids) for s in sequences]
+    reference = RememberedReference(sequences, torch.zeros(6))
+    assert [sys.getrefcount(s) + sys.getrefcount(s.token_ids) for s in sequences] == before
+    del reference
 
 
 def test_too_few_log_probs_are_refused():

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from megatron_prime.config import ParallelSizes, RunConfig
+from megatron_prime.data.rows import DataError
 from megatron_prime.runtime.compat import before_megatron_import
 from megatron_prime.types import LoopState, Prompt, Rollout, VerifiedGroup, VersionSpan
 
@@ -419,6 +420,29 @@ def test_another_commands_checkpoint_is_refused(saved: Path) -> None:
     assert Run(saved.parents[1]).checkpoints.resume() == LoopState(2)
     with pytest.raises(CheckpointError, match=wanted):
         run.checkpoints.resume()
+
+
+def test_another_run_is_refused_before_anything_is_built(saved: Path) -> None:
+    """By the run's state alone: no model is there yet, and damage is for `resume` to tell."""
+    folder = saved.parents[1]
+
+    def look(command: str = "train", data: Any = None, **knobs: Any) -> None:
+        config = Run(folder, **knobs).checkpoints.config
+        RunCheckpoints({}, None, data or Counter(0), config, command).refuse_others()
+
+    class OtherData(Counter):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise DataError(f"found {state}")
+
+    look()
+    with pytest.raises(CheckpointError, match="of the command train, which train_prm can't"):
+        look("train_prm")
+    with pytest.raises(CheckpointError, match=r"prm\.beta: began with 0\.05, found 9"):
+        look(prm={"beta": 9})
+    with pytest.raises(DataError, match="'cursor': 2"):
+        look(data=OtherData(0))
+    (saved / "run.json").write_text("{}")
+    look("train_prm")
 
 
 def test_more_steps_would_bend_a_cosine(tmp_path: Path) -> None:
