@@ -101,6 +101,7 @@ PRIME_KNOBS = (
     Arm("prime_dpo", "PRIME, PRM by DPO", ("--prm.loss=dpo",)),
     Arm("prime_raw", "PRIME, rewards not normalised", ("--advantage.process_norm=none",)),
     Arm("prime_gamma", "PRIME, γ 0", ("--advantage.gamma=0",)),
+    Arm("prime_paper_preset", 'PRIME, preset = "paper"', ("--preset=paper",)),
 )
 RLOO_OF_EIGHT = Arm("rloo_eight", "RLOO, 8 × 8", (*RLOO.knobs, *OF_EIGHT))
 PRIME_OF_EIGHT = Arm("prime_eight", "PRIME, 8 × 8", OF_EIGHT)
