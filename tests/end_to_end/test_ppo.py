@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from job import ROOT, Job, layout, reproducible
+from test_train import documented
 
 from megatron_prime.algorithm.filtering import passes
 from megatron_prime.runtime.rollout_files import read_steps
@@ -53,6 +54,8 @@ def test_of_the_outcome_alone(job: Job) -> None:
     job.start_alone("train", "ppo", *knobs, "--run.steps=4")
     steps = figures(job, "ppo")
     first, last = steps[1], steps[4]
+    told = {n for n in documented() if n.startswith("critic/") and not n.endswith("_steps")}
+    assert {n for n in first if n.startswith("critic/")} == told - {"critic/loss_scale"}
     assert first["critic/value_mean"] == 0, "a head of zeros"
     assert first["critic/explained_variance"] == 0
     wanted = mean_outcome(job, "ppo", knobs)
