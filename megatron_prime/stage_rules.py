@@ -12,6 +12,7 @@ from megatron_prime.common_rules import (
     check_model,
     check_schedule,
     check_shares,
+    check_vocabulary,
 )
 from megatron_prime.config import RunConfig
 
@@ -39,6 +40,8 @@ def of_prm_training(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from check_model(config, "model.hf", config.model.hf, length, ("reference",))
     start = prm.hf or config.model.hf
     yield from check_model(config, "prm.hf" if prm.hf else "model.hf", start, length, ("prm",))
+    if prm.hf is not None:
+        yield from check_vocabulary(config, "prm.hf", prm.hf)
     if knobs.data is None:
         yield "train_prm.data: missing; set it to a file of labelled responses, or to a rollouts/"
     for name in ("data", "held_out"):
@@ -96,7 +99,9 @@ def of_scoring(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from evaluate_rules.other_beta(knobs.prm, config)
     if not (knobs.prm / "run.json").exists():
         yield from check_model(config, "score.prm", knobs.prm, {}, ("prm",))
+        yield from check_vocabulary(config, "score.prm", knobs.prm)
     if knobs.reference is not None:
         yield from check_model(config, "score.reference", knobs.reference, {}, ("reference",))
+        yield from check_vocabulary(config, "score.reference", knobs.reference)
     elif why := evaluate_rules.unnamed_reference(knobs.prm, "score"):
         yield f"score.reference: missing, and {why}"

@@ -141,6 +141,9 @@ def _of_generation(config: RunConfig, command: str, world_size: int | None) -> I
     yield from evaluate_rules.command_problems(config, check_model)
     if config.evaluate.policy is not None:
         yield from check_policy_in("evaluate.policy", config.evaluate.policy)
+    for name in ("policy", "prm", "reference"):
+        if (folder := getattr(config.evaluate, name)) is not None:
+            yield from check_vocabulary(config, f"evaluate.{name}", folder)
     if config.evaluate.prm is not None:
         parallel = [*_unsupported(config), *_sizes(config), *_precision(config, command)]
         yield from parallel or _ranks(config, world_size)

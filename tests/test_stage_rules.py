@@ -186,3 +186,25 @@ def test_the_prm_and_its_reference_are_cut_by_tensor_parallelism(
 ) -> None:
     told = found(folder, command, 3, megatron={"tensor_model_parallel_size": 3})
     assert any("does not divide num_key_value_heads = 4" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("command", "knob", "changes"),
+    [
+        ("train_prm", "prm.hf", {}),
+        ("score", "score.prm", {}),
+        ("score", "score.reference", {"score": {"prm": "model", "reference": "prm"}}),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(
+    folder: Path, command: str, knob: str, changes: dict[str, dict[str, str]]
+) -> None:
+    """They would be other words to the PRM than to what made the text."""
+    where = {table: {k: folder / v for k, v in knobs.items()} for table, knobs in changes.items()}
+    tables = where or {"prm": {"hf": folder / "prm"}}
+    for size, told in ((300, []), (299, [knob])):
+        for name, tokens in (("model", 300), ("prm", size)):
+            model = {**MODEL, "vocab_size": tokens}
+            (folder / name / "config.json").write_text(json.dumps(model))
+        lines = found(folder, command, **tables)
+        assert [line.split(":")[0] for line in lines] == told

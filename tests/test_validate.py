@@ -280,6 +280,16 @@ def test_a_model_of_another_vocabulary_is_refused(config, tmp_path, role):
     assert problems(config(**own)) == []
 
 
+def test_evaluating_wants_one_vocabulary(config, tmp_path):
+    knobs = {"sets": {"mine": tmp_path / "eval.jsonl"}, "max_response_length": 64, "samples": 4}
+    with_tokens(tmp_path / "model", 300)
+    for size, told in ((300, []), (299, ["evaluate.policy", "evaluate.prm", "evaluate.reference"])):
+        with_tokens(tmp_path / "prm", size)
+        other = dict.fromkeys(("policy", "prm", "reference"), tmp_path / "prm")
+        lines = problems(config(evaluate=knobs | other), "evaluate", 1)
+        assert [line.split(":")[0] for line in lines] == told
+
+
 def test_vocabularies_may_differ_by_padding(config, tmp_path):
     own = {"prm": {"hf": tmp_path / "prm"}}
     with_tokens(tmp_path / "model", 300, "abc")

@@ -3,8 +3,8 @@
 Key/value cache: what `sglang.max_total_tokens` asks for; else what `sglang.mem_fraction_static`
 leaves beside the engine's weights of the memory that is free when the engine starts. On a GPU that
 must hold the longest sequence, or there is no plan: SGLang itself ends where weights alone are
-more. A CPU's memory is not counted so; there the longest sequence always has room. The local engine
-allocates a cache for `rollout.batch_size` of the longest sequences.
+more. On a CPU servers are started with a number of tokens instead. The local engine allocates a
+cache for `rollout.batch_size` of the longest sequences.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_prime.planner.states import VALUE_BYTES
 from megatron_prime.weights.shape import ModelShape
 
 DEFAULT_FRACTION = 0.4  # sglang.mem_fraction_static, as GPU_DEFAULTS in sglang_arguments.py
+CPU_TOKENS = 16384  # sglang.max_total_tokens, as CPU_DEFAULTS there
 _FP8_VALUE = 1 + 4 / 128**2  # with the scale of its block
 _GIB = 2**30
 
@@ -59,18 +60,20 @@ def kv_tokens(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> 
     """Tokens of key/value cache that a server has, or the local engine on each rank.
 
     `free`: bytes of a rank's device when the engine starts, without the reserve. Raises
-    NoRoomForServers where, on a GPU, that is too little.
+    NoRoomForServers where that is too little, on a GPU.
     """
     rollout, sglang, longest = config.rollout, config.sglang, longest_sequence(config)
     if rollout.engine == "local":
         return rollout.batch_size * longest
     if (asked := sglang.get("max_total_tokens")) is not None:
         return int(asked)
+    if not on_gpu:
+        return CPU_TOKENS
     weights, per_token = weight_bytes(config, shape), cache_bytes_per_token(config, shape)
     fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
     usable = free - sync_buffers(config, shape)
     tokens = int(fraction * usable - weights) // per_token
-    if on_gpu and tokens < longest:
+    if tokens < longest:
         wanted = weights + longest * per_token
         least = ceil(100 * wanted / usable) / 100 if usable > 0 else 1.0
         raise NoRoomForServers(
@@ -82,7 +85,7 @@ def kv_tokens(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> 
             + f"rollout.tensor_parallel_size (now {rollout.tensor_parallel_size})"
             + (', or set memory.offload = "auto"' if config.memory.offload == "never" else "")
         )
-    return max(longest, tokens)
+    return tokens
 
 
 def engine_bytes(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> dict[str, int]:

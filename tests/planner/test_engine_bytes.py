@@ -11,6 +11,7 @@ from megatron_prime.config import RunConfig
 from megatron_prime.planner.engine_bytes import NoRoomForServers, kv_tokens
 from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.residency import NEEDED
+from megatron_prime.rollout.sglang_arguments import CPU_DEFAULTS
 from megatron_prime.weights.shape import ModelShape
 
 PER_TOKEN = 2 * 80 * 2 * 128 * 2  # Llama-3-70B over four ranks: keys and values, 2 of 8 heads
@@ -55,8 +56,14 @@ def test_one_sequence_is_enough_and_less_is_not(tmp_path: Path) -> None:
     assert longest <= kv_tokens(config, shape, enough + 2**24, on_gpu=True) < longest + 100
     with pytest.raises(NoRoomForServers):
         kv_tokens(config, shape, enough - 2**24, on_gpu=True)
-    assert kv_tokens(config, shape, enough - 2**24, on_gpu=False) == longest
-    assert kv_tokens(config, shape, 0, on_gpu=False) == longest
+
+
+def test_a_cpu_s_servers_have_what_they_are_started_with(tmp_path: Path) -> None:
+    config = run_70b(tmp_path)
+    shape = ModelShape.from_hf(config.model.hf)
+    started_with = CPU_DEFAULTS["max_total_tokens"]
+    assert kv_tokens(config, shape, 0, on_gpu=False) == started_with
+    assert kv_tokens(config, shape, 2**60, on_gpu=False) == started_with  # not a share of that
 
 
 def test_what_is_asked_for_is_not_weighed(tmp_path: Path) -> None:
