@@ -2,15 +2,16 @@
 
 The reference never changes and the data is known, so by default it speaks once, of everything, and
 is dropped before the PRM is built: training then needs the memory of one model. What it said is
-kept in the run folder, for the same command to continue with.
+kept in the run folder, at its end and every few minutes before, for the same command to go on with.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
-from itertools import chain
+import time
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from megatron_prime.types import OldLogprobs, ScoredBatch, TokenSequence
 from megatron_prime.weights.shape import shape_of
 
 KEPT = "reference_logprobs.pt"
+KEEP_EVERY_S = 300.0  # what a stop may cost the reference's pass; a file of all so far is written
 CHUNK = 256  # sequences whose log-probs are assembled at once, so that one long one pads few
 
 Groups = Sequence[LabelledGroup]
@@ -90,22 +92,38 @@ def reference_of(
     held_out = [*sequences_of(judged)]
     if config.train_prm.reference == "loaded":
         model = loaded_reference(config, config.prm)
-        known = RememberedReference(held_out, _flat_logprobs(model.engine, held_out, ranks))
-        return model, _scored(judged, known)
+        known = [*_spoken(model.engine, held_out, 0, ranks)]
+        return model, _scored(judged, RememberedReference(held_out, _flat(known)))
     everything = [*dict.fromkeys(chain(sequences_of(learnt), held_out))]
     about = {
         "reference": f"{config.model.start} {identity(config.model.start)}",
         "precision": config.precision.reference.model_dump_json(),
         "data": f"{fingerprint(learnt)} {fingerprint(judged)}",
     }
-    path = config.run.folder / KEPT
-    logprobs = ranks.share(_kept(path, about) if ranks.rank == 0 else None)
-    if logprobs is None:
-        logprobs = _flat_logprobs(loaded_reference(config, config.prm).engine, everything, ranks)
-        if ranks.rank == 0:
-            _keep(path, about, logprobs)
-    remembered = RememberedReference(everything, logprobs)
+    remembered = RememberedReference(everything, _logprobs(config, everything, about, ranks))
     return remembered, _scored(judged, remembered)
+
+
+def _logprobs(
+    config: RunConfig, sequences: Sequence[TokenSequence], about: dict[str, str], ranks: WorldRanks
+) -> Tensor:
+    """Log-probs of all responses, one after the other, from where an earlier start was stopped:
+    float32 [tokens]; collective."""
+    path = config.run.folder / KEPT
+    known = ranks.share(_kept(path, about) if ranks.rank == 0 else torch.zeros(0))
+    ends = [0, *accumulate(sequence.response_length for sequence in sequences)]
+    if len(known) == ends[-1]:
+        return known
+    engine = loaded_reference(config, config.prm).engine
+    parts, kept_at = [known], time.monotonic()
+    for part in _spoken(engine, sequences, ends.index(len(known)), ranks):
+        parts.append(part)
+        if ranks.rank == 0 and time.monotonic() - kept_at > KEEP_EVERY_S:
+            _keep(path, about, _flat(parts))
+            kept_at = time.monotonic()
+    if ranks.rank == 0:
+        _keep(path, about, _flat(parts))
+    return _flat(parts)
 
 
 def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
@@ -115,20 +133,25 @@ def _scored(groups: Groups, reference: ScoringModel) -> ScoredBatch | None:
     return ScoredBatch(rollouts, OldLogprobs.none(rollouts), reference.logprobs(rollouts))
 
 
-def _flat_logprobs(engine: Any, sequences: Sequence[TokenSequence], ranks: WorldRanks) -> Tensor:
-    """Log-probs of all responses, one after the other: float32 [tokens]; collective.
+def _spoken(
+    engine: Any, sequences: Sequence[TokenSequence], first: int, ranks: WorldRanks
+) -> Iterator[Tensor]:
+    """Log-probs of the responses from number `first` on, those of a chunk one after the other:
+    float32 [tokens]; collective.
 
     Rank 0 says how far it is: on much data this takes long, and has no steps.
     """
-    parts = [torch.zeros(0)]
-    for start in range(0, len(sequences), CHUNK):
+    for start in range(first, len(sequences), CHUNK):
         chunk = sequences[start : start + CHUNK]
         rows = logprobs_of(engine, chunk)
-        # Copies, for a view would keep the chunk with its padding.
-        parts += [row[: s.response_length].clone() for row, s in zip(rows, chunk, strict=True)]
+        # A copy, for views would keep the chunk with its padding.
+        yield _flat([row[: s.response_length] for row, s in zip(rows, chunk, strict=True)])
         if ranks.rank == 0:
             print(f"reference: {start + len(chunk)} of {len(sequences)} responses", flush=True)
-    return torch.cat(parts)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0), *parts])
 
 
 def _keep(path: Path, about: dict[str, str], logprobs: Tensor) -> None:
@@ -141,11 +164,14 @@ def _keep(path: Path, about: dict[str, str], logprobs: Tensor) -> None:
     unfinished.replace(path)
 
 
-def _kept(path: Path, about: dict[str, str]) -> Tensor | None:
-    """What an earlier start has kept, if it was of the same data and reference."""
+def _kept(path: Path, about: dict[str, str]) -> Tensor:
+    """What an earlier start has kept, if it was of the same data and reference: whole chunks, or
+    all. Empty if there is nothing."""
     try:
         saved = torch.load(path, weights_only=True)
         logprobs: Tensor = saved["logprobs"]
-        return logprobs if saved["about"] == about else None
+        if saved["about"] == about:
+            return logprobs
     except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
-        return None  # none there, or damaged: it is made again
+        pass  # none there, or damaged: it is made again
+    return torch.zeros(0)

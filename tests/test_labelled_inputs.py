@@ -117,19 +117,36 @@ def test_no_padding_stays_in_memory(
         batches.append(len(groups))
         return whole(groups)
 
-    glued = torch.cat
-
-    def cat(parts: list[torch.Tensor]) -> torch.Tensor:
-        for part in parts:
-            assert part.untyped_storage().nbytes() == 4 * len(part)
-        return glued(parts)
-
     monkeypatch.setattr(labelled_inputs, "as_batch", as_batch)
-    monkeypatch.setattr(labelled_inputs.torch, "cat", cat)
     monkeypatch.setattr(labelled_inputs, "_scored", lambda *_: None)
     labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
     assert reference.asked == 604
     assert batches == []
+    sequences = [*labelled_inputs.sequences_of(LEARNT)]
+    for part in labelled_inputs._spoken(reference, sequences, 0, RANKS):
+        assert part.untyped_storage().nbytes() == 4 * len(part)
+
+
+def test_a_stopped_pass_goes_on_with_the_next_chunk(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the third chunk, it has kept two."""
+    speak, chunks = reference.logprobs, list[int]()
+
+    def killed(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        chunks.append(len(sequences))
+        return speak(sequences)
+
+    monkeypatch.setattr(labelled_inputs, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(reference, "logprobs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS)
+    monkeypatch.setattr(reference, "logprobs", speak)
+    assert reference.asked == 512
+    check(labelled_inputs.reference_of(config(tmp_path), LEARNT, JUDGED, RANKS), LEARNT)
+    assert reference.asked == 604
 
 
 def test_other_data_or_a_damaged_file_asks_anew(tmp_path: Path, reference: Reference) -> None:

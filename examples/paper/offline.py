@@ -1,18 +1,17 @@
 """The offline PRM: EurusPRM's part, trained on the start model's rollouts before any RL.
 
-`debug.rollouts_from` plays the same rollouts to the PRM as a run would have made them, and the
-policy's learning rate is too small to move it; what the PRM is at the end becomes a Hugging Face
-folder for `prm.hf`.
+`rollout` samples and judges, `train_prm` learns; what comes out is a Hugging Face folder for
+`prm.hf`.
 """
 
 from __future__ import annotations
 
-from localise import convert
 from runs import HERE, Place, launch
 
-ROUNDS = 60  # of rollouts; some batches take more than one
-STEPS = 50  # of prime.toml's batch: the rollouts that the PRM learns from
-RATE = "2e-4"  # its learning rate; with that of an online PRM it follows the last batches
+ROUNDS = 60  # of rollouts: 40 prompts with four responses each
+STEPS = 140  # of 64 responses: nearly once through what is not held out
+RATE = "2e-4"  # with that of an online PRM it follows the last batches
+LONGEST = 52  # data.max_prompt_length + rollout.max_response_length of prime.toml
 
 
 def train(place: Place) -> None:
@@ -28,11 +27,10 @@ def train(place: Place) -> None:
         (sampled / "done").touch()
     knobs = [
         f"--run.folder={folder / 'trained'}",
-        f"--debug.rollouts_from={sampled / 'rollouts'}",
-        "--debug.save_rollouts=false",
-        "--policy.lr=1e-12",
+        f"--train_prm.data={sampled / 'rollouts'}",
+        f"--train_prm.output={place.offline_prm}",
+        f"--train_prm.max_length={LONGEST}",
+        f"--train_prm.steps={STEPS}",
         f"--prm.lr={RATE}",
-        f"--run.steps={STEPS}",
     ]
-    launch("train", HERE / "prime.toml", [*shared, *knobs], folder / "train.log")
-    convert(folder / "trained" / "checkpoints" / f"step_{STEPS:06d}", place.offline_prm)
+    launch("train_prm", HERE / "prime.toml", [*shared, *knobs], folder / "train.log")
