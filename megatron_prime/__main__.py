@@ -7,10 +7,13 @@ imported before the configuration has been read and checked, and the environment
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +21,7 @@ from megatron_prime import __version__
 
 if TYPE_CHECKING:
     from megatron_prime.config import RunConfig
+    from megatron_prime.runtime.launch import Launch
     from megatron_prime.runtime.rendezvous import Rendezvous
 
 REFUSED = 78  # of a preflight: sysexits' EX_CONFIG, something is not set up as it should be
@@ -124,10 +128,11 @@ def _asks_for_gpus(environ: Mapping[str, str]) -> bool:
 
 def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
     """Bring the ranks together, run the command on them, and end together."""
-    from megatron_prime.errors import Interrupted
-    from megatron_prime.runtime.launch import Launch, RanksDontMeet
-    from megatron_prime.runtime.parent import die_with, take_forks_along
-    from megatron_prime.runtime.signals import SAVED
+    with _objects_that_stay():
+        from megatron_prime.errors import Interrupted
+        from megatron_prime.runtime.launch import Launch, RanksDontMeet
+        from megatron_prime.runtime.parent import die_with, take_forks_along
+        from megatron_prime.runtime.signals import SAVED
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun's, which doesn't see to it
         die_with(os.getppid())
@@ -140,29 +145,9 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
         print(f"[rank {here.rank}] {error}", file=sys.stderr)
         return 1
     try:
-        from megatron_prime.runtime.compat import before_megatron_import
-
-        before_megatron_import()
-        if command == "replay":
-            from megatron_prime.replay import replay
-
-            replay(config, launch, path)
-        elif command == "evaluate":
-            from megatron_prime.evaluate import evaluate
-
-            evaluate(config, launch)
-        elif command == "score":
-            from megatron_prime.score import score
-
-            score(config, launch)
-        elif command in ("sft", "train_prm"):
-            from megatron_prime import stages
-
-            getattr(stages, command)(config, launch)
-        else:
-            from megatron_prime import build
-
-            getattr(build, command)(config, launch)
+        with _objects_that_stay():
+            run = _command(command, path)
+        run(config, launch)
     except Interrupted as stop:
         launch.finish()
         if here.rank == 0:
@@ -172,6 +157,46 @@ def _run(command: str, path: Path, config: RunConfig, here: Rendezvous) -> int:
         return launch.failed(error)
     launch.finish()
     return 0
+
+
+def _command(command: str, path: Path) -> Callable[[RunConfig, Launch], None]:
+    """What does the command, imported."""
+    from megatron_prime.runtime.compat import before_megatron_import
+
+    before_megatron_import()
+    if command == "replay":
+        from megatron_prime.replay import replay
+
+        return partial(replay, folder=path)
+    if command == "evaluate":
+        from megatron_prime.evaluate import evaluate
+
+        return evaluate
+    if command == "score":
+        from megatron_prime.score import score
+
+        return score
+    if command in ("sft", "train_prm"):
+        from megatron_prime import stages
+
+        return stages.sft if command == "sft" else stages.train_prm
+    from megatron_prime import build
+
+    return build.rollout if command == "rollout" else build.train
+
+
+@contextmanager
+def _objects_that_stay() -> Iterator[None]:
+    """Around imports: what they make is no garbage.
+
+    Looking for it there costs a process a second at the start, and another at the end.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parse(arguments: list[str] | None) -> tuple[str, Path, list[str], argparse.Namespace]:

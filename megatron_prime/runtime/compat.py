@@ -39,6 +39,8 @@ CPU = torch.device("cpu")
 def before_megatron_import() -> None:
     """What has to happen before the first `import megatron.core`: quiet its fallbacks, check apex.
 
+    Without CUDA the import itself happens here, and leaves torch's compiler out.
+
     Only warnings that ask for nothing are hidden: plain torch functions in place of fused kernels,
     Megatron's old names for torch functions, a fault it finds with a default value of its own.
     Raises UnsupportedPackage if the package called apex is not NVIDIA's.
@@ -64,6 +66,28 @@ def before_megatron_import() -> None:
             "when it saves: pip install psutil"
         )
     check_apex(find_spec("apex") is not None, find_spec("amp_C") is not None)
+    if not torch.cuda.is_available() and "megatron.core" not in sys.modules:
+        _import_without_compiler()
+
+
+def _import_without_compiler() -> None:
+    """Import Megatron-core with its `jit_fuser` off (jit.py:28), as `disable_jit_fuser` does, which
+    comes too late for what is decorated in this import.
+
+    `torch.compile` loads the compiler when it decorates: 1.7 s of a start, for kernels that only
+    run on a GPU.
+    """
+    compiler, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
+    try:
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()
+    finally:
+        torch.compile = compiler
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def check_apex(found: bool, has_kernels: bool) -> None:
