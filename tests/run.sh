@@ -4,7 +4,8 @@
 #   bash tests/run.sh            what CI runs
 #   bash tests/run.sh --fast     lint, types and the unit tests of one process (under two minutes),
 #                                without SGLang and Slurm
-#   bash tests/run.sh --full     also what is marked slow: the quickstart with three seeds
+#   bash tests/run.sh --full     also what is marked slow: every model in every layout, more kills,
+#                                the quickstart with three seeds
 #   bash tests/run.sh -- ARGS    pytest with ARGS
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ if [ "${1:-}" != --fast ]; then use_sglang; use_slurm; fi
 
 select=(-m "not slow")
 case "${1:-}" in
-  --fast) select=(-m "not slow and not distributed and not sglang and not slurm") ;;
+  --fast) select=(-m "not slow and not long and not distributed and not sglang and not slurm") ;;
   --full) select=() ;;
   --) shift; exec python -m pytest "$@" ;;
   "") ;;

@@ -52,10 +52,13 @@ def main(folder: Path) -> None:
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
         for name in job["models"]:
             for parallel in (False, True) if sizes.tp > 1 else (False,):
+                shown = f"{layout}{'-sp' * parallel}"
+                if (name, shown) not in job["cases"]:
+                    continue
                 case = Case(folder, name, sizes, job, parallel)
                 result = case.result(layout == EXPORTED and not parallel)
                 if dist.get_rank() == 0:
-                    torch.save(result, folder / f"{name}-{layout}{'-sp' * parallel}.pt")
+                    torch.save(result, folder / f"{name}-{shown}.pt")
                 dist.barrier()
     distributed.destroy()
 

@@ -1,7 +1,7 @@
 """What the ranks of test_megatron.py do; prints one JSON line per case with its error or null.
 
 `python -m torch.distributed.run --nproc-per-node=N megatron_cases.py FOLDER`, FOLDER as made by
-tiny_models.make, N four or eight. One launch runs all cases, for imports cost more than they do.
+tiny_models.make, with the cases in cases.json, N four or eight. One launch runs all of them.
 """
 
 from __future__ import annotations
@@ -48,18 +48,23 @@ def main(folder: Path) -> None:
     layouts = LAYOUTS if int(os.environ["WORLD_SIZE"]) == 4 else OF_EIGHT
     first, *_ = layouts.values()
     distributed.initialize(rendezvous_from(os.environ), first, 1, TIMEOUT_S)
-    if layouts is LAYOUTS:
-        for size in (1, 2, 4):
-            case(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
-        case("gather_groups", gather_groups)
-        case("tally", tally)
+    wanted = set(json.loads((folder / "cases.json").read_text()))
+
+    def case_if_wanted(name: str, run: Callable[[], None]) -> None:
+        if name in wanted:
+            case(name, run)
+
+    for size in (1, 2, 4):
+        case_if_wanted(f"vocab_parallel-tp{size}", lambda size=size: vocab_parallel(size))
+    case_if_wanted("gather_groups", gather_groups)
+    case_if_wanted("tally", tally)
     for layout, sizes in layouts.items():
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
         for name in CONFIGS:
             tested = Tested(folder, name, layout, sizes)
             for method in tested.cases():
-                case(f"{method.__name__}-{name}-{layout}", method)
+                case_if_wanted(f"{method.__name__}-{name}-{layout}", method)
     distributed.destroy()
 
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megatron_prime.runtime.compat import before_megatron_import
 before_megatron_import()
 
 from layouts import LAYOUTS, megatron_options  # noqa: E402
+from matrix import in_turn  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_prime.config import PrecisionOptions  # noqa: E402
@@ -85,10 +87,20 @@ def check(model: StandIn, hf: dict, shape: ModelShape, tp: int, where: str) -> N
 
 def reshard_all(folder: Path) -> None:
     """Every family in every layout into engines of TP 1, 2 and 4; again after the weights moved."""
+    families = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    reshard(folder, [(name, layout) for layout in LAYOUTS for name in families])
+
+
+def reshard_in_turn(folder: Path) -> None:
+    """To every layout some families, to every family some layouts."""
+    reshard(folder, in_turn(sorted(path.name for path in folder.iterdir() if path.is_dir())))
+
+
+def reshard(folder: Path, cases: Sequence[tuple[str, str]]) -> None:
     for layout, sizes in LAYOUTS.items():
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
-        for hf_dir in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for hf_dir in (folder / name for name, where in cases if where == layout):
             shape = ModelShape.from_hf(hf_dir, sizes.tp)
             chunks = build_model(shape, PrecisionOptions(dtype="fp32"), megatron_options(sizes))
             load_hf(chunks, hf_dir, shape)
@@ -256,6 +268,12 @@ def from_files(folder: Path) -> None:
 if __name__ == "__main__":
     distributed.initialize(rendezvous_from(os.environ), LAYOUTS["tp1-pp1"], 1, TIMEOUT_S)
     what, where = sys.argv[1], Path(sys.argv[2])
-    cases = {"all": reshard_all, "one": only_one_server, "fp8": fp8, "bf16": in_bf16}
+    cases = {
+        "all": reshard_all,
+        "in_turn": reshard_in_turn,
+        "one": only_one_server,
+        "fp8": fp8,
+        "bf16": in_bf16,
+    }
     (cases | {"files": from_files})[what](where)
     distributed.destroy()

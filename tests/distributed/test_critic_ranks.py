@@ -17,6 +17,7 @@ import torch
 from critic_cases import EXPORTED, UPDATES
 from launch import run_ranks
 from layouts import LAYOUTS
+from matrix import cases, in_turn, selected
 from safetensors.torch import load_file, save_file
 
 from megatron_prime.weights.convert import to_hf
@@ -26,7 +27,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 MODELS = ["tied", "untied"]  # with and without shared embeddings, which a critic never has
 ROWS = 16
-CASES = [*LAYOUTS, *(f"{name}-sp" for name, sizes in LAYOUTS.items() if sizes.tp > 1)]
+WAYS = [*LAYOUTS, *(f"{name}-sp" for name, sizes in LAYOUTS.items() if sizes.tp > 1)]
+FIRST = next(iter(LAYOUTS))
+ALWAYS = [(name, layout) for layout in (FIRST, EXPORTED) for name in MODELS]
+CASES = cases(MODELS, [*ALWAYS, *in_turn(MODELS, WAYS, every=2)], WAYS)
 
 
 def make_job() -> dict[str, Any]:
@@ -131,7 +135,7 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("critic")
     tiny_models.make(path)
     for seed, name in enumerate(MODELS):
@@ -141,7 +145,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         generator = torch.Generator().manual_seed(seed)
         tensors["score.weight"] = 0.2 * torch.randn(1, 64, generator=generator)
         save_file(tensors, file, metadata={"format": "pt"})
-    torch.save(make_job(), path / "job.pt")
+    wanted = dict.fromkeys([*ALWAYS, *selected(request)])
+    torch.save(make_job() | {"cases": [*wanted]}, path / "job.pt")
     run_ranks(Path(__file__).with_name("critic_cases.py"), 4, [path], timeout_s=400)
     return path
 
@@ -158,18 +163,20 @@ def truths(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(params=CASES)
-def layout(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=MODELS)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A model and a layout."""
+    name, layout = request.param
+    return name, layout
 
 
 @pytest.fixture
-def found(folder: Path, name: str, layout: str) -> dict[str, Any]:
-    return torch.load(folder / f"{name}-{layout}.pt", weights_only=False)
+def name(case: tuple[str, str]) -> str:
+    return case[0]
+
+
+@pytest.fixture
+def found(folder: Path, case: tuple[str, str]) -> dict[str, Any]:
+    return torch.load(folder / f"{'-'.join(case)}.pt", weights_only=False)
 
 
 def test_values(found: dict[str, Any], truths: dict[str, Any], name: str) -> None:
@@ -208,16 +215,15 @@ def test_bf16_follows_fp32(found: dict[str, Any]) -> None:
         assert rounded["critic/loss"] == pytest.approx(exact["critic/loss"], rel=0.05)
 
 
-def test_a_checkpoint_of_another_layout(
-    folder: Path, found: dict[str, Any], name: str, layout: str
-) -> None:
+def test_a_checkpoint_of_another_layout(folder: Path, found: dict[str, Any], name: str) -> None:
     """Written by the first layout: weights bit for bit, and the next step is the same."""
-    first = torch.load(folder / f"{name}-{next(iter(LAYOUTS))}.pt", weights_only=False)
+    first = torch.load(folder / f"{name}-{FIRST}.pt", weights_only=False)
     for tensor, value in found["loaded"].items():
         assert torch.equal(value, first["weights"][tensor]), tensor
     assert found["goes_on"] == pytest.approx(first["goes_on"], rel=1e-3, abs=2e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_the_export(folder: Path, name: str) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -228,6 +234,7 @@ def test_transformers_reads_the_export(folder: Path, name: str) -> None:
         assert torch.equal(value.float(), wanted[tensor]), tensor
 
 
+@pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_becomes_a_model_that_transformers_reads(folder: Path, name: str) -> None:
     """Its config.json is a language model's until then: that is what the critic started from."""
     from transformers import AutoModelForSequenceClassification
@@ -235,7 +242,7 @@ def test_a_checkpoint_becomes_a_model_that_transformers_reads(folder: Path, name
     out = folder / f"{name}_converted"
     options = Options(verify=True)
     to_hf(folder / f"{name}_saved", folder / name, out, options, lambda *_, **__: None, critic=True)
-    wanted = torch.load(folder / f"{name}-{next(iter(LAYOUTS))}.pt", weights_only=False)["weights"]
+    wanted = torch.load(folder / f"{name}-{FIRST}.pt", weights_only=False)["weights"]
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.state_dict().keys() == wanted.keys()
     for tensor, value in model.state_dict().items():
@@ -247,6 +254,7 @@ def test_a_checkpoint_becomes_a_model_that_transformers_reads(folder: Path, name
     assert value.shape == (1, 1), "one number, after the prompt"
 
 
+@pytest.mark.parametrize("name", MODELS)
 def test_a_skipped_batch_is_kept_for_replay(folder: Path, name: str) -> None:
     found = torch.load(folder / f"{name}-{EXPORTED}.pt", weights_only=False)["skipped"]
     assert found["step"] is None

@@ -20,9 +20,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_families_in_all_layouts_into_all_engines(models: Path) -> None:
-    output = run_ranks(CASES, 4, ["all", models], timeout_s=380)
-    assert output.count("resharded") == len(tiny_models.CONFIGS) * len(LAYOUTS)
+@pytest.mark.parametrize("which", ["in_turn", pytest.param("all", marks=pytest.mark.slow)])
+def test_families_in_all_layouts_into_all_engines(models: Path, which: str) -> None:
+    output = run_ranks(CASES, 4, [which, models], timeout_s=380)
+    whole = len(tiny_models.CONFIGS) * len(LAYOUTS)
+    assert output.count("resharded") == (whole if which == "all" else whole / 3)
 
 
 def test_one_server_alone_and_engines_that_fail(models: Path) -> None:

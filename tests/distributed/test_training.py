@@ -17,6 +17,7 @@ import tiny_models
 import torch
 from launch import run_ranks
 from layouts import LAYOUTS, OF_EIGHT
+from matrix import cases, in_turn, selected
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -30,6 +31,7 @@ CLIP_HIGH = {"tied": None, "untied": 0.02, "qwen3": 0.1}
 DUAL_CLIP = {"tied": 1.6, "untied": None, "qwen3": 1.15}
 CAP = 1.2
 COMPARED = {"tied": ["dpo", "ce_hard"], "untied": ["nca"], "qwen3": ["kto"]}  # PRM losses
+CASES = cases(MODELS, in_turn(MODELS), LAYOUTS)
 
 
 def make_job() -> dict[str, Any]:
@@ -265,10 +267,10 @@ def importance_of(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("training")
     tiny_models.make(path)
-    torch.save(make_job(), path / "job.pt")
+    torch.save(make_job() | {"cases": selected(request)}, path / "job.pt")
     run_ranks(Path(__file__).with_name("training_cases.py"), 4, [path], timeout_s=400)
     return path
 
@@ -278,14 +280,26 @@ def truths(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: expected(folder / name, make_job()) for name in MODELS}
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def only(*layouts: str) -> list[Any]:
+    """Of all cases, those in `layouts`."""
+    return [case for case in CASES if case.values[0][1] in layouts]
 
 
-@pytest.fixture(params=MODELS)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A model and a layout."""
+    name, layout = request.param
+    return name, layout
+
+
+@pytest.fixture
+def name(case: tuple[str, str]) -> str:
+    return case[0]
+
+
+@pytest.fixture
+def layout(case: tuple[str, str]) -> str:
+    return case[1]
 
 
 @pytest.fixture
@@ -293,7 +307,7 @@ def found(folder: Path, name: str, layout: str) -> dict[str, Any]:
     return torch.load(folder / f"{name}-{layout}.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp1", "tp1-pp2"])
+@pytest.mark.parametrize("case", only("tp2-pp1", "tp1-pp2"))
 def test_the_first_mini_batch_needs_no_scoring(folder: Path, name: str, layout: str) -> None:
     """Nothing changes by it but rounding: two forwards of one row in other packs sum apart."""
     found = torch.load(folder / f"{name}-{layout}.pt", weights_only=False)
@@ -350,7 +364,7 @@ def test_losses_and_gradient_norms(
         assert math.isclose(metrics[f"{role}/grad_norm"], norm, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp1", "tp1-pp2"])
+@pytest.mark.parametrize("case", only("tp1-pp1", "tp2-pp1", "tp1-pp2"))
 def test_prm_losses_that_compare_responses(
     folder: Path, truths: dict[str, Any], name: str, layout: str
 ) -> None:

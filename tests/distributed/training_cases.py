@@ -67,6 +67,8 @@ def main(folder: Path) -> None:
         parallel_state.destroy_model_parallel()
         distributed.initialize_model_parallel(sizes, 1, TIMEOUT_S)
         for name in job["policy"]:
+            if layout in LAYOUTS and (name, layout) not in job["cases"]:
+                continue
             result = train(folder / name, job, sizes)
             if dist.get_rank() == 0:
                 torch.save(result, folder / f"{name}-{layout}.pt")

@@ -81,15 +81,12 @@ def test_a_frozen_rank_is_given_up(job: Job, rank: int) -> None:
         assert "no sign of life" in ranks.said
 
 
-def test_a_signal_ends_fine_tuning_at_once(job: Job) -> None:
-    with Ranks(job, 2, "sft_signalled", *SFT, command="sft") as ranks:
-        ranks.wait_for_step(3)
+def test_a_signal_ends_at_once_what_has_nothing_to_save(job: Job) -> None:
+    with Ranks(job, 2, "rollout_signalled", "--run.steps=5000", command="rollout") as ranks:
+        ranks.wait_for(ranks.folder / "rollouts" / "step_000003.jsonl")
         ranks.processes[1].send_signal(signal.SIGTERM)
         assert ranks.codes() == [69, 143]
         assert "SIGTERM: ended at once, for there is nothing to save here" in ranks.said
-
-
-SFT = ["--sft.steps=5000", "--sft.output=unused", "--megatron.pipeline_model_parallel_size=1"]
 
 
 def test_torchrun_passes_sigterm_on_and_ends_with_1(job: Job) -> None:

@@ -228,6 +228,7 @@ TINY = (  # noqa: SIM905
 ).split()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_an_experiment_from_nothing_to_its_table(tmp_path, capsys):
     arguments = ["4", "--seeds", "2", "--out", str(tmp_path), *TINY]

@@ -22,6 +22,8 @@ sys.path[:0] = [str(GPU), str(GPU / "stages")]
 import run_stages  # noqa: E402
 from stage_report import FAILED, MEASURED, OK, SKIPPED, Check, Stage, read, table  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's rows")
 
 

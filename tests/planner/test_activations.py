@@ -21,6 +21,8 @@ from megatron_prime.planner.activations import Computation, activations, chunks_
 from megatron_prime.types import TokenSequence
 from megatron_prime.weights.shape import ModelShape, padded
 
+pytestmark = pytest.mark.long
+
 TOKENS = 256
 
 

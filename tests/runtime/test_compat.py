@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -65,6 +67,26 @@ def test_only_the_known_warnings_are_silent() -> None:
         warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
         warnings.warn("something else about Apex", stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["something else about Apex"]
+
+
+def test_a_start_loads_no_compiler() -> None:
+    """It would be a third of the start. What Megatron does not compile gives the same numbers."""
+    script = """
+import sys, torch
+from megatron_prime.runtime.compat import before_megatron_import
+compiler = torch.compile
+before_megatron_import()
+import megatron_prime.build
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+assert torch.compile is compiler
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+x = torch.linspace(-2, 2, 6)
+print(torch.equal(swiglu(x), torch.nn.functional.silu(x[:3]) * x[3:]))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+    )
+    assert found.stdout.splitlines() == ["[]", "True"], found.stderr
 
 
 def test_an_apex_without_nvidias_kernels_is_refused() -> None:

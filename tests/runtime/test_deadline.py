@@ -22,6 +22,8 @@ from megatron_prime.protocols import Phase  # noqa: E402
 from megatron_prime.runtime.deadline import Deadlines, ExitTimer  # noqa: E402
 from megatron_prime.runtime.watchdog import ENDED, STUCK  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("stuck_rank.py")
 DEADLINE_S = 3.0
 IN_GOOD_ORDER_S, WITHOUT_THE_LOCK_S = 10.0, 18.0  # after the deadline, on a busy machine

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
 from launch import free_port, run_ranks  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 HEAD = """
 import os, signal, sys, time
 from megatron_prime.config import ConfigError

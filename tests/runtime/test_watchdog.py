@@ -16,6 +16,8 @@ import pytest
 from megatron_prime.runtime.hub import Hub
 from megatron_prime.runtime.watchdog import ENDED, Watchdog, beat_seconds
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 HOST = socket.gethostname()
 # Far below any patience that a test gives: only a broken line or a report is so quick.

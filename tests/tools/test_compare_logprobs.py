@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from megatron_prime.weights.convert import to_megatron
 from megatron_prime.weights.convert_plan import Options
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 TOKENS = "5,1,7,7,30,2,11"
 

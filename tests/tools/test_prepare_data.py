@@ -214,6 +214,7 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_command_leaves_no_folder_and_the_same_one_begins_anew(model, tmp_path):
     path = synthetic(tmp_path / "a.jsonl", 2500)

@@ -25,6 +25,8 @@ from megatron_prime.verify import landlock
 from megatron_prime.verify.code_tests import CodeGrader
 from megatron_prime.verify.walls import Isolation
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def grader():

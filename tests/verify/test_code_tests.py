@@ -302,6 +302,7 @@ def f(x):
         grader.close()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not MBPP.exists(), reason=f"no {MBPP}")
 def test_reference_solutions_of_mbpp_pass_and_spoilt_ones_do_not():
     """Each assert is a test: a script that ends without an error and says so has passed it."""

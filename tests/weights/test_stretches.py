@@ -73,6 +73,7 @@ def test_rows_and_columns_by_value(
 SLACK = 128 * MIB
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "fp32"])
 def test_memory_is_bounded_by_the_largest_hugging_face_tensor(
     tmp_path: Path, dtype: str | None
