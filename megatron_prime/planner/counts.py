@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from megatron_prime.config import ConfigError, ParallelSizes
 from megatron_prime.weights.shape import ModelShape
 
-_SGLANG_VOCAB_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py
+SGLANG_VOCAB_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +132,15 @@ class EngineCount:
         return self.matrices + self.others
 
 
-def engine_count(shape: ModelShape, tp: int) -> EngineCount:
+def engine_count(shape: ModelShape, tp: int, multiple: int = SGLANG_VOCAB_MULTIPLE) -> EngineCount:
     """The parameters of one of `tp` ranks of an SGLang server (the same on each).
 
     Key/value heads are repeated when there are fewer of them than ranks, a tied output layer is
-    the embedding, and the vocabulary is padded to a multiple of 64 that the ranks share evenly.
+    the embedding, and the vocabulary is padded to a `multiple` that the ranks share evenly. That of
+    the local engine is not: `multiple` 1.
     """
     h, d, f = shape.hidden_size, shape.head_dim, shape.ffn_size // tp
     q, kv = shape.num_heads // tp * d, max(1, shape.num_kv_heads // tp) * d
-    multiple = _SGLANG_VOCAB_MULTIPLE
     if -(-shape.vocab_size // multiple) * multiple % tp:
         multiple *= tp
     vocabulary = -(-shape.vocab_size // multiple) * multiple // tp

@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import ceil
 
 from megatron_prime.config import ConfigError, RunConfig
-from megatron_prime.planner.counts import engine_count
+from megatron_prime.planner.counts import SGLANG_VOCAB_MULTIPLE, engine_count
 from megatron_prime.planner.states import VALUE_BYTES
 from megatron_prime.weights.shape import ModelShape
 
@@ -34,8 +34,9 @@ def engine_tp(config: RunConfig) -> int:
 def weight_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Of the policy in the engine, on each rank."""
     rollout, value = config.rollout, VALUE_BYTES[config.precision.policy.dtype]
-    held = engine_count(shape, engine_tp(config))
-    in_fp8 = rollout.fp8_weights and rollout.engine == "sglang"
+    served = rollout.engine == "sglang"
+    held = engine_count(shape, engine_tp(config), SGLANG_VOCAB_MULTIPLE if served else 1)
+    in_fp8 = rollout.fp8_weights and served
     return round(held.matrices * (_FP8_VALUE if in_fp8 else value) + held.others * value)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from planned_runs import run_config
 
 from megatron_prime.config import RunConfig
-from megatron_prime.planner.engine_bytes import NoRoomForServers, kv_tokens
+from megatron_prime.planner.engine_bytes import NoRoomForServers, kv_tokens, weight_bytes
 from megatron_prime.planner.memory import GIB, Machine, make_plan
 from megatron_prime.planner.residency import NEEDED
+from megatron_prime.planner.states import VALUE_BYTES
 from megatron_prime.rollout.sglang_arguments import CPU_DEFAULTS
 from megatron_prime.weights.shape import ModelShape
 
@@ -78,3 +81,22 @@ def test_what_is_asked_for_is_not_weighed(tmp_path: Path) -> None:
 def test_the_local_engine_holds_a_batch_of_the_longest(tmp_path: Path) -> None:
     config = run_70b(tmp_path, engine="local")
     assert kv_tokens(config, ModelShape.from_hf(config.model.hf), 0, on_gpu=True) == 3 * 4096
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_sglang_pads_the_vocabulary(tmp_path: Path, tied: bool) -> None:
+    """67 tokens: 128 rows in a server, 67 in the local engine, which is a transformers model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found = {}
+    for engine in ("local", "sglang"):
+        config = run_config(tmp_path, rollout={"engine": engine})
+        file = config.model.hf / "config.json"
+        small = {"vocab_size": 67, "hidden_size": 32, "tie_word_embeddings": tied}
+        file.write_text(json.dumps(json.loads(file.read_text()) | small))
+        found[engine] = weight_bytes(config, ModelShape.from_hf(config.model.hf))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.hf))
+    value = VALUE_BYTES[config.precision.policy.dtype]
+    assert found["local"] == value * sum(p.numel() for p in model.parameters())
+    assert found["sglang"] - found["local"] == value * (128 - 67) * 32 * (1 if tied else 2)
