@@ -123,8 +123,10 @@ def wait_until(reached: Callable[[], Any], alive: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def assert_survives(job: Job, undisturbed: dict, name: str, kill: Callable, syncs: int) -> None:
-    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS, OFFLOADED)) as ranks:
+def assert_survives(
+    job: Job, undisturbed: dict, name: str, kill: Callable, *more: str, syncs: int
+) -> None:
+    with Ranks(job, 2, name, *knobs(2, *TWO_RANKS, *more)) as ranks:
         kill(ranks.folder, ranks._assert_running)
         assert ranks.codes(WITHIN_S) == [0, 0], ranks.said
     found = job.metrics(name)
@@ -144,12 +146,13 @@ def assert_survives(job: Job, undisturbed: dict, name: str, kill: Callable, sync
 
 @pytest.mark.slow
 def test_a_server_killed_while_it_generates(job: Job, undisturbed) -> None:
-    assert_survives(job, undisturbed, "generating", in_generation, syncs=0)
+    assert_survives(job, undisturbed, "generating", in_generation, OFFLOADED, syncs=0)
 
 
 @pytest.mark.slow
 def test_a_server_killed_between_steps(job: Job, undisturbed) -> None:
-    assert_survives(job, undisturbed, "between", between_steps, syncs=1)
+    """Noticed when it is to give its memory back, or to take it again: before the sync."""
+    assert_survives(job, undisturbed, "between", between_steps, OFFLOADED, syncs=0)
 
 
 @pytest.mark.slow

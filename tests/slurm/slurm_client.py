@@ -156,12 +156,19 @@ class Submitted:
         return facts
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        """Return as soon as the step's line is in metrics.jsonl; the job must not end before."""
+        """Return as soon as the step's line is in metrics.jsonl; the job must not end before.
+
+        At once, for steps are short: Slurm, whose answers are not, is only asked now and then.
+        """
         metrics = run / "metrics.jsonl"
 
         def done() -> bool:
             assert self.state not in ENDED, self.story()
-            return metrics.exists() and f'"step": {step},' in metrics.read_text()
+            for _ in range(100):
+                if metrics.exists() and f'"step": {step},' in metrics.read_text():
+                    return True
+                time.sleep(0.01)
+            return False
 
         self.wait_until(done, f"at step {step}")
 
