@@ -22,9 +22,15 @@ def test_quickstart_learns(seed: int, tmp_path: Path) -> None:
     command = ["bash", "examples/quickstart/run.sh", "--seed", str(seed), "--out", str(tmp_path)]
     with (tmp_path / "output.txt").open("w") as output:
         run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        while run.poll() is None:
-            peak = max(peak, resident_bytes(run.pid))
-            time.sleep(2)
+        try:
+            while run.poll() is None:
+                peak = max(peak, resident_bytes(run.pid))
+                time.sleep(2)
+        finally:  # Ctrl-C: nothing of it may go on
+            if run.poll() is None:
+                for process in psutil.Process(run.pid).children(recursive=True):
+                    process.kill()
+                run.kill()
     seconds = time.monotonic() - started
     text = (tmp_path / "output.txt").read_text()
     assert run.returncode == 0, text
