@@ -32,6 +32,7 @@ def assert_equal_weights(
     assert output.count("the servers have the trainer's weights") == len(names)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_into_a_server_of_two_killed_in_a_sync(monkeypatch, models) -> None:
     assert_equal_weights(monkeypatch, models, 2, "tp2-pp1", 2, ["untied"], 500, "killed")
 
