@@ -220,4 +220,4 @@ def test_the_others_on_a_cpu(stage: str, least: int, tmp_path: Path) -> None:
         pytest.skip("SGLANG_PYTHON is not set: no SGLang; tools/venv.sh installs it")
     found = small(stage, tmp_path)
     assert sum(check.verdict == OK for check in found) >= least
-    assert any(check.why == "no CUDA device" for check in found)
+    assert any(check.verdict == SKIPPED for check in found), "of what only a GPU can tell"

@@ -10,10 +10,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from job import Job
 from same_run import assert_same
@@ -23,9 +24,8 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def frozen(run: Path) -> Iterator[None]:
+def frozen(ranks: Mapping[int, psutil.Process]) -> Iterator[None]:
     """Nobody works inside: so a step lasts as long as the test wants."""
-    ranks = ranks_of(run)
     for rank in ranks.values():
         rank.send_signal(signal.SIGSTOP)
     try:
@@ -50,8 +50,10 @@ def test_the_time_limit_as_often_as_it_takes(
     limit = ["--time=2", "--signal=B:USR1@40", SBATCH, *KNOBS, "--run.lost_after_s=600"]
     found = slurm.submit(*limit, RUN=run, **variables)
     for requeues in (0, 1):
+        found.wait_until(lambda: len(ranks_of(run)) == 4, "started")
+        ranks = ranks_of(run)  # before the step, for to look for them may take as long as one
         found.wait_for_step(run, last_step(run) + 1)
-        with frozen(run):
+        with frozen(ranks):
             asked = found.output.count("USR1: ranks finish their step")
             enough = f"{asked + 1} times asked by Slurm"
             found.wait_until(lambda asked=asked: found.output.count("USR1: ") > asked, enough)
@@ -77,7 +79,7 @@ def test_the_limit_itself_saves_and_ends_the_job(
         **variables,
     )
     found.wait_for_step(run, 1)
-    with frozen(run):
+    with frozen(ranks_of(run)):
         found.wait_until(lambda: "TERM: ranks finish" in found.output, "at its limit")
     facts = found.wait("TIMEOUT")
     assert (facts["ExitCode"], facts["Restarts"]) == ("75:0", "0")
@@ -113,7 +115,7 @@ def test_a_killed_slurmd(
     found.wait_for_step(run, 3)
     second = found.nodes[1]
     slurm.kill_slurmd(second)
-    with frozen(run):
+    with frozen(ranks_of(run)):
         found.wait_until(lambda: "Node failure" in found.output, "missed by Slurm")
     assert_goes_on_elsewhere(slurm, found, second)
     assert "the same sbatch command continues the run" in found.output, "Slurm has requeued it"

@@ -150,9 +150,11 @@ def colocated(config: RunConfig) -> Iterator[Colocated]:
         Path(config.run.folder).mkdir(parents=True, exist_ok=True)
         gpus = PhaseScheduler(limits_of(config, ranks, 1), ranks.device)
         tokenizer = load_tokenizer(config.model.hf)
-        policy, prm, reference = models_on(gpus, config)
+        models = models_on(gpus, config)
         nobody: Any = None  # neither prompts nor a verifier: responses are not judged here
         engine, _ = build.rollout_roles(
             config, launch, tokenizer, ranks, nobody, nobody, gpus, stack
         )
-        yield Colocated(config, ranks, gpus, policy, prm, reference, engine, tokenizer)
+        yield Colocated(
+            config, ranks, gpus, models.policy, models.prm, models.reference, engine, tokenizer
+        )
