@@ -2,7 +2,7 @@
 # Sets up .venv and runs every check: lint, types, architecture, tests.
 #
 #   bash tests/run.sh            what CI runs
-#   bash tests/run.sh --fast     lint, types and the unit tests of one process (under two minutes),
+#   bash tests/run.sh --fast     lint, types and short unit tests (two minutes),
 #                                without SGLang and Slurm
 #   bash tests/run.sh --full     also what is marked slow: every model in every layout, more kills,
 #                                the quickstart with three seeds

@@ -69,7 +69,7 @@ def kv_tokens(config: RunConfig, shape: ModelShape, free: int, on_gpu: bool) -> 
     if (asked := sglang.get("max_total_tokens")) is not None:
         return int(asked)
     if not on_gpu:
-        return CPU_TOKENS
+        return max(CPU_TOKENS, longest)
     weights, per_token = weight_bytes(config, shape), cache_bytes_per_token(config, shape)
     fraction = float(sglang.get("mem_fraction_static", DEFAULT_FRACTION))
     usable = free - sync_buffers(config, shape)

@@ -71,8 +71,8 @@ def before_megatron_import() -> None:
 
 
 def _import_without_compiler() -> None:
-    """Import Megatron-core with its `jit_fuser` off (jit.py:28), as `disable_jit_fuser` does, which
-    comes too late for what is decorated in this import.
+    """Import Megatron-core 0.16.1 with its `jit_fuser` off (jit.py:28), as `disable_jit_fuser`
+    does, which comes too late for what is decorated in this import.
 
     `torch.compile` loads the compiler when it decorates: 1.7 s of a start, for kernels that only
     run on a GPU.
@@ -86,8 +86,8 @@ def _import_without_compiler() -> None:
         torch.compile = compiler
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+def _as_it_is(function: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
+    return _as_it_is if function is None else function
 
 
 def check_apex(found: bool, has_kernels: bool) -> None:

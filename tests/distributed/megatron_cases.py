@@ -50,7 +50,10 @@ def main(folder: Path) -> None:
     distributed.initialize(rendezvous_from(os.environ), first, 1, TIMEOUT_S)
     wanted = set(json.loads((folder / "cases.json").read_text()))
 
+    offered = []
+
     def case_if_wanted(name: str, run: Callable[[], None]) -> None:
+        offered.append(name)
         if name in wanted:
             case(name, run)
 
@@ -65,6 +68,8 @@ def main(folder: Path) -> None:
             tested = Tested(folder, name, layout, sizes)
             for method in tested.cases():
                 case_if_wanted(f"{method.__name__}-{name}-{layout}", method)
+    if dist.get_rank() == 0:
+        (folder / "offered.json").write_text(json.dumps(offered))
     distributed.destroy()
 
 

@@ -31,7 +31,7 @@ CLIP_HIGH = {"tied": None, "untied": 0.02, "qwen3": 0.1}
 DUAL_CLIP = {"tied": 1.6, "untied": None, "qwen3": 1.15}
 CAP = 1.2
 COMPARED = {"tied": ["dpo", "ce_hard"], "untied": ["nca"], "qwen3": ["kto"]}  # PRM losses
-CASES = cases(MODELS, in_turn(MODELS), LAYOUTS)
+CASES = cases(MODELS, [*in_turn(MODELS), ("tied", "tp2-pp1")], LAYOUTS)
 
 
 def make_job() -> dict[str, Any]:
